@@ -1,0 +1,113 @@
+"""What crosses between an API process and the engine process. No jax here.
+
+Everything is a `msgspec` struct encoded as msgpack; what is many tokens at once is raw little-endian
+bytes, so that a step of 256 sequences is one small message and not 256 objects.
+"""
+
+import msgspec
+
+from octavo.engine.sampling_params import SamplingParams
+
+
+class AddRequest(msgspec.Struct, tag="add", array_like=True, omit_defaults=True):
+    """One prompt. It becomes `sampling.n` sequences with the handles handle, handle + 1, ..."""
+
+    handle: int  # chosen by the client, never reused while alive
+    request_id: str
+    prompt: bytes  # i32[prompt_len]
+    sampling: SamplingParams
+    bad_words: list[list[int]] = []  # tokenized by the client
+    priority: int = 0  # lower first, then arrival
+    arrival: float = 0.0  # seconds, time.monotonic of the host
+    cache_salt: str = ""
+    timeout: float = 0.0  # seconds from arrival; 0 is none
+
+
+class Abort(msgspec.Struct, tag="abort", array_like=True):
+    """Forget these sequences; those unknown or finished are no error."""
+
+    handles: list[int]
+
+
+class Finish(msgspec.Struct, array_like=True):
+    """The end of one sequence."""
+
+    handle: int
+    reason: str  # "stop" | "length" | "abort" | "error"
+    stop_token: int = -1  # the stop token that ended it; -1: the end-of-sequence token or none
+    message: str = ""  # for "error": what went wrong, one sentence
+    status: int = 500  # for "error": the HTTP status that says whose fault it was
+
+
+class Start(msgspec.Struct, array_like=True):
+    """A sequence got its slot."""
+
+    handle: int
+    cached_tokens: int  # prompt tokens found in the prefix cache
+    queued: float  # seconds from arrival to here
+
+
+class Logprobs(msgspec.Struct, array_like=True):
+    """Log probabilities beside one position of one sequence."""
+
+    handle: int
+    position: int  # of the token the distribution is over; a prompt's row when below its length
+    tokens: bytes  # i32[1 + k]: the token itself, then the k likeliest
+    logprobs: bytes  # f32[1 + k]
+    rank: int  # of the token itself, 1 is the likeliest
+
+
+class Stats(msgspec.Struct, array_like=True):
+    """Where the engine stands, for metrics and the live view."""
+
+    running: int = 0
+    waiting: int = 0
+    slots: int = 0
+    pages: list[int] = []  # per group: pages in the pool, the trash page not counted
+    pages_free: list[int] = []  # per group: on the free stack as last harvested
+    pages_cached: list[int] = []  # per group: kept by the prefix index, used by no row
+    preemptions: int = 0  # these and the next are totals since start
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    steps: int = 0
+    stalls: int = 0  # reads that blocked while no later step was in flight
+    compiles_after_ready: int = 0
+    host_seconds: float = 0.0  # host time spent in turns, device waits not counted
+    in_flight: int = 0
+    restarts: int = 0  # times the state was rebuilt after a step raised
+
+
+class Output(msgspec.Struct, tag="output", array_like=True, omit_defaults=True):
+    """What one harvested step gave: row i of `tokens` belongs to `handles[i]`."""
+
+    handles: bytes = b""  # u32[n]
+    tokens: bytes = b""  # i32[n]
+    starts: list[Start] = []
+    finished: list[Finish] = []  # their last tokens are in `tokens` of this same message
+    logprobs: list[Logprobs] = []
+    stats: Stats | None = None
+
+
+class Ready(msgspec.Struct, tag="ready", array_like=True):
+    """The engine can generate."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    summary: list[str]  # the start-up lines
+    startup_seconds: float
+
+
+class Dead(msgspec.Struct, tag="dead", array_like=True):
+    """The engine cannot go on; its last words."""
+
+    message: str
+
+
+ToEngine = AddRequest | Abort
+FromEngine = Output | Ready | Dead

@@ -1,0 +1,1 @@
+"""SamplingParams: what a request asks of sampling; names, defaults and errors of the field."""

@@ -1,0 +1,58 @@
+"""What a model asks of its backend, and the one form every projection has.
+
+A model is a pure function of its parameters. It owns no cache and knows no device: `Ops` brings the
+four operations whose best implementation depends on the hardware.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class Linear:
+    """One projection: y = x @ weight + bias. Later also quantized, or with adapters."""
+
+    weight: jax.Array  # [in, out...]; several trailing axes are one fused projection
+    bias: jax.Array | None = None  # [out...]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What the cache and the attention must know of one layer; static."""
+
+    group: int = 0  # page group: layers of one group share one page table
+    window: int = 0  # tokens a query sees, itself included; 0 sees all
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The static part of one attention call."""
+
+    layer: LayerSpec
+    scale: float  # multiplies q.k before the softmax
+    softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0 is off
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The four operations a backend brings.
+
+    attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, spec: AttentionSpec) -> ([N, H, D], cache)
+        stores this layer's keys and values in its pages, then attends. Which pages, which positions:
+        the step knows, the model does not. `cache` is one layer's cache, opaque here.
+    linear(x [N, in], Linear) -> [N, out...]
+    grouped_linear(x [N, in], weight [X, in, out], sizes i32[X]) -> [N, out]
+        rows of x are sorted by expert: the first sizes[0] rows meet weight[0], and so on; rows past
+        the sum of sizes give anything finite.
+    layers(block, x, layers, cache, specs) -> (x, cache)
+        applies block(x, layer_params, layer_cache, spec) -> (x, layer_cache) to each layer in turn.
+    """
+
+    attend: Callable[..., tuple[jax.Array, Any]]
+    linear: Callable[[jax.Array, Linear], jax.Array]
+    grouped_linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    layers: Callable[..., tuple[jax.Array, Any]]

@@ -1,0 +1,1 @@
+"""Our own kernels, each beside its plain-jnp reference. Imports nothing else of Octavo."""

@@ -1,0 +1,1 @@
+"""Ragged paged attention: the definition, and one file per platform."""

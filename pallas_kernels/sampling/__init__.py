@@ -1,0 +1,1 @@
+"""Sampling: from logits to tokens, by thresholds and never by a sort."""
