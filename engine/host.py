@@ -1,0 +1,191 @@
+"""What the host knows of the engine: mirrors of the slots, the queue, the pools, the flights.
+
+The mirrors come in two ages: `sent` lengths are those after every dispatched step, `known` ones those
+of the last harvested step. Host code: no jax, no clock.
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from octavo.engine.plan import Draft
+from octavo.engine.pool import Pool
+from octavo.engine.sequence import Phase, Sequence
+from octavo.engine.state import Dims
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a schedule must respect; static."""
+
+    dims: Dims
+    row_buckets: tuple[int, ...]  # ascending, the last is B
+    token_buckets: tuple[int, ...]  # ascending, the last is the budget
+    depth: int  # steps in flight
+    prefix_caching: bool
+    by_priority: bool
+    apart: bool = False  # prefill and decode cannot share a program: they take turns
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """A dispatched step, with all that its harvest needs to know."""
+
+    rows: int  # R; 0 when only an edit was dispatched
+    serials: np.ndarray  # i64[R] who was in which row
+    sequences: list[Sequence | None]  # [R] the same
+    decoding: np.ndarray  # bool[R] rows that decode, as far as the host knew
+    chunks: list[tuple[Sequence, int, int, bool]]  # sequence, start, count, final
+    takes: list[int]  # per group: the most pages this step takes
+    stops: list[Sequence]
+    windows: list[tuple[int, Sequence, int]]  # group, sequence, first
+    tokens: int = 0  # T
+    result: Any = None  # device arrays; see octavo.engine.reader
+    rich: Any = None
+    scores: Any = None
+
+
+@dataclass(eq=False, slots=True)
+class Launch:
+    """What `schedule` decided: a step to dispatch."""
+
+    draft: Draft
+    flight: Flight
+    rows: int
+    tokens: int  # T bucket; 0 is a pure decode
+    rich: bool  # log probabilities or masks: sample apart
+    masked: bool  # the mask needs every token before this step
+    scored: bool  # prompt log probabilities
+
+
+@dataclass
+class Counters:
+    """Totals since start."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    steps: int = 0
+    waits: int = 0  # times nothing could be dispatched until a harvest gave pages back
+
+
+class Host:
+    """The mutable host state."""
+
+    def __init__(self, limits: Limits) -> None:
+        dims = limits.dims
+        self.limits = limits
+        self.pools = [Pool(dims, group) for group in dims.groups]
+        self.occupant: list[Sequence | None] = [None] * dims.slots
+        self.serial = np.full(dims.slots, -1, np.int64)
+        self.handle = np.zeros(dims.slots, np.uint32)
+        self.tokens = np.zeros((dims.slots, dims.max_len), np.int32)
+        self.known = np.zeros(dims.slots, np.int32)  # tokens known: prompt and harvested output
+        self.sent = np.zeros(dims.slots, np.int32)  # cached length after every dispatched step
+        self.ran = np.zeros(dims.slots, np.int32)  # cached length as harvested
+        self.limit = np.zeros(dims.slots, np.int32)
+        self.indexed = np.zeros(dims.slots, np.int32)  # full pages whose names were given
+        self.decoding = np.zeros(dims.slots, np.bool_)  # decodes in the next step, as far as known
+        self.muted = np.zeros(dims.slots, np.bool_)  # aborted: tokens are dropped
+        self.special = np.zeros(dims.slots, np.bool_)  # wants log probabilities or a mask
+        self.free_slots = list(range(dims.slots))  # heap: the lowest first
+        self.prefilling: list[Sequence] = []  # in slots, in order
+        self.stopping: list[Sequence] = []  # their stop is in no plan yet
+        self.stale: list[int] = []  # finished slots whose row the device still shows
+        self.queue: list[tuple[int, int, Sequence]] = []  # heap of the waiting
+        self.gone = 0  # entries of the queue that wait no more
+        self.live: dict[int, Sequence] = {}  # by handle
+        self.children: dict[int, list[Sequence]] = {}  # by the parent's serial, held back
+        self.flights: deque[Flight] = deque()
+        self.counters = Counters()
+        self.serials = 0
+
+    # --- the queue
+
+    @property
+    def waiting(self) -> int:
+        """Sequences in no slot."""
+        return len(self.queue) - self.gone + sum(len(c) for c in self.children.values())
+
+    @property
+    def running(self) -> int:
+        """Sequences in a slot."""
+        return self.limits.dims.slots - len(self.free_slots)
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Wait for a slot; a preempted sequence keeps its place by its arrival."""
+        sequence.phase = Phase.WAITING
+        priority = sequence.request.priority if self.limits.by_priority else 0
+        heapq.heappush(self.queue, (priority, sequence.serial, sequence))
+
+    def peek(self) -> Sequence | None:
+        """The first of the waiting."""
+        while self.queue and self.queue[0][2].phase is not Phase.WAITING:
+            heapq.heappop(self.queue)
+            self.gone -= 1
+        return self.queue[0][2] if self.queue else None
+
+    def pop(self) -> None:
+        """Take the first of the waiting out."""
+        heapq.heappop(self.queue)
+
+    # --- slots
+
+    def occupy(self, sequence: Sequence, slot: int) -> None:
+        """Put a sequence into a free slot; the device follows with the same plan."""
+        sequence.slot, sequence.phase = slot, Phase.RUNNING
+        count = len(sequence.tokens)
+        self.occupant[slot] = sequence
+        self.serial[slot] = sequence.serial
+        self.handle[slot] = sequence.handle
+        self.tokens[slot, :count] = sequence.tokens
+        self.known[slot] = count
+        self.limit[slot] = sequence.limit
+        self.decoding[slot] = self.muted[slot] = False
+        self.special[slot] = sequence.wants_logprobs or sequence.masked
+
+    def vacate(self, slot: int) -> None:
+        """The slot and its pages are the host's again."""
+        sequence = self.occupant[slot]
+        assert sequence is not None, f"{slot=} is empty"
+        sequence.tokens = self.tokens[slot, : self.known[slot]].copy()
+        sequence.slot = -1
+        for pool in self.pools:
+            pool.release(slot)
+        self.occupant[slot] = None
+        self.serial[slot] = -1
+        self.decoding[slot] = self.muted[slot] = self.special[slot] = False
+        self.known[slot] = self.sent[slot] = self.ran[slot] = self.indexed[slot] = 0
+        heapq.heappush(self.free_slots, slot)
+
+    def move(self, src: int, dst: int) -> None:
+        """Row dst, free, becomes row src; the device follows with the same plan."""
+        sequence = self.occupant[src]
+        assert sequence is not None and self.occupant[dst] is None, f"{src=} {dst=}"
+        self.occupant[dst], self.occupant[src] = sequence, None
+        sequence.slot = dst
+        for array in (
+            self.serial,
+            self.handle,
+            self.tokens,
+            self.known,
+            self.sent,
+            self.ran,
+            self.limit,
+            self.indexed,
+            self.decoding,
+            self.muted,
+            self.special,
+        ):
+            array[dst] = array[src]
+        self.serial[src], self.decoding[src] = -1, False
+        for pool in self.pools:
+            pool.move(src, dst)
+        self.free_slots.remove(dst)
+        heapq.heapify(self.free_slots)
+        heapq.heappush(self.free_slots, src)

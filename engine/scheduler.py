@@ -1,0 +1,272 @@
+"""The schedule of one step: decode everything that runs, spend the rest of the budget on prompts.
+
+    stops -> returned pages -> continue prompts -> admit -> make room -> pick the buckets
+
+Strict order: nobody overtakes a prompt that waits for a slot or for pages. `schedule` changes the host
+mirrors and returns a Launch, or None when nothing can be dispatched now. Host code: no jax, no clock.
+"""
+
+import numpy as np
+
+from octavo.engine.admission import admit
+from octavo.engine.host import Flight, Host, Launch
+from octavo.engine.plan import CHUNKS, MOVES, Chunk, Draft
+from octavo.engine.sequence import Phase, Sequence
+
+# Finished rows are cleared lazily: an edit of their own is worth it only for many pages at once.
+LAZY_RETURNS = 256
+
+
+def schedule(host: Host) -> Launch | None:
+    """Decide the next step, or None: nothing to do, or the pages must come back first."""
+    draft = Draft(returned=[[] for _ in host.pools])
+    chunks: list[tuple[Sequence, int, int, bool]] = []
+    budget = host.limits.token_buckets[-1]
+    budget -= _continue_prompts(host, chunks, budget)
+    admit(host, draft, chunks, budget)
+    if not make_room(host, chunks):
+        if host.stopping or draft.admissions or any(pool.returns for pool in host.pools):
+            return _edit_only(host, draft)  # victims' stops and pages on their way travel alone
+        host.counters.waits += 1
+        return None
+    if host.limits.apart and chunks:
+        decoding = np.zeros_like(host.decoding)
+    else:
+        decoding = host.decoding.copy()
+        _compact(host, draft, decoding)
+    if not chunks and not decoding.any():
+        return _edit_only(host, draft) if host.stopping else None
+    return _launch(host, draft, chunks, decoding)
+
+
+def needs(host: Host, chunks: list[tuple[Sequence, int, int, bool]]) -> int:
+    """The most pages, per group, that a step with these chunks takes."""
+    mask, shift = host.limits.dims.page_size - 1, host.limits.dims.shift
+    pages = int(np.count_nonzero(host.decoding & ((host.sent & mask) == 0)))
+    for _, start, count, _ in chunks:
+        pages += ((start + count + mask) >> shift) - ((start + mask) >> shift)
+    return pages
+
+
+def _continue_prompts(
+    host: Host, chunks: list[tuple[Sequence, int, int, bool]], budget: int
+) -> int:
+    """Give the next chunk to prompts that are under way; returns the tokens used."""
+    used = 0
+    for sequence in host.prefilling:
+        start = int(host.sent[sequence.slot])
+        left = int(host.known[sequence.slot]) - start
+        count = min(left, budget - used)
+        if count <= 0 or len(chunks) == CHUNKS:
+            break
+        chunks.append((sequence, start, count, count == left))
+        used += count
+    return used
+
+
+def make_room(host: Host, chunks: list[tuple[Sequence, int, int, bool]]) -> bool:
+    """See to it that this step's pages are surely free: evict, drop chunks, then preempt.
+
+    False: not before a harvest. Victims were marked, and their stops are to be sent.
+    """
+    most = host.limits.dims.returns
+    while True:
+        need = needs(host, chunks)
+        for pool in host.pools:
+            pool.evict(need - pool.bound - len(pool.returns))
+        if all(need <= pool.bound + min(len(pool.returns), most) for pool in host.pools):
+            return True
+        if any(len(pool.returns) > most for pool in host.pools):
+            return False
+        if any(s.phase is Phase.STOPPING or s.phase is Phase.PREEMPTING for s in _inside(host)):
+            return False  # pages are on their way back
+        if any(flight.stops for flight in host.flights):
+            return False
+        victim = _victim(host)
+        if victim is None:
+            return False
+        host.counters.preemptions += 1
+        chunks[:] = [chunk for chunk in chunks if chunk[0] is not victim]
+        stop(host, victim, Phase.PREEMPTING)
+
+
+def stop(host: Host, sequence: Sequence, phase: Phase) -> None:
+    """Take a running sequence out at the next plan; its slot and pages return with that plan's harvest."""
+    sequence.phase = phase
+    host.decoding[sequence.slot] = False
+    host.muted[sequence.slot] = phase is Phase.STOPPING
+    if sequence in host.prefilling:
+        host.prefilling.remove(sequence)
+    host.stopping.append(sequence)
+
+
+def _inside(host: Host) -> list[Sequence]:
+    return [s for s in host.occupant if s is not None]
+
+
+def _victim(host: Host) -> Sequence | None:
+    """The youngest of the lowest priority; never the oldest, so that somebody always gets done."""
+    running = [s for s in _inside(host) if s.phase is Phase.RUNNING]
+    if host.limits.by_priority:
+        running.sort(key=lambda s: s.order)
+    else:
+        running.sort(key=lambda s: s.serial)
+    return running[-1] if len(running) > 1 else None
+
+
+def _compact(host: Host, draft: Draft, decoding: np.ndarray) -> None:
+    """Move the highest rows down where that makes the bucket smaller."""
+    busy = np.flatnonzero(host.serial >= 0)
+    if not len(busy) or not host.free_slots:
+        return
+    buckets = host.limits.row_buckets
+    top = int(busy[-1]) + 1
+    if bucket(buckets, len(busy)) >= bucket(buckets, top):
+        return
+    for src in busy[::-1].tolist():
+        dst = host.free_slots[0] if host.free_slots else src
+        sequence = host.occupant[src]
+        assert sequence is not None, f"{src=}"
+        fixed = sequence.phase is not Phase.RUNNING or sequence in host.prefilling
+        fresh = any(a.slot == src for a in draft.admissions)
+        if dst >= src or fixed or fresh or len(draft.moves) == MOVES:
+            return
+        host.move(src, dst)
+        decoding[dst], decoding[src] = decoding[src], False
+        draft.moves.append((src, dst))
+
+
+def bucket(buckets: tuple[int, ...], count: int) -> int:
+    """The smallest bucket that holds `count`."""
+    return next(b for b in buckets if b >= count)
+
+
+def _edits(host: Host, draft: Draft, *, force: bool) -> list[Sequence]:
+    """Fill the plan's stops and returned pages; `force` where this step counts on the pages."""
+    stops, host.stopping = host.stopping, []
+    draft.stops = [s.slot for s in stops]
+    pending = sum(len(pool.returns) for pool in host.pools)
+    most = host.limits.dims.returns
+    if pending and (force or draft.edits() or pending >= LAZY_RETURNS or _tight(host)):
+        draft.returned = [pool.take_returns(most) for pool in host.pools]
+    if draft.edits() and host.stale:
+        admitted = {a.slot for a in draft.admissions} | {dst for _, dst in draft.moves}
+        free = [s for s in host.stale if host.occupant[s] is None and s not in admitted]
+        draft.stops = draft.stops + free
+        host.stale = []
+    return stops
+
+
+def _tight(host: Host) -> bool:
+    """Whether the returns are worth a plan of their own now."""
+    return any(pool.bound < host.limits.dims.slots + len(pool.returns) for pool in host.pools)
+
+
+def _windows(host: Host, draft: Draft) -> list[tuple[int, Sequence, int]]:
+    """Give back the pages that every harvested query has left behind."""
+    moved: list[tuple[int, Sequence, int]] = []
+    for g, pool in enumerate(host.pools):
+        if not pool.group.window:
+            continue
+        first = np.maximum(host.ran - pool.group.window + 1, 0) >> pool.shift
+        gain = np.where(host.serial >= 0, first - pool.sent_first, 0)
+        least = 1 if _tight(host) or draft.edits() else 4
+        for slot in np.flatnonzero(gain >= least).tolist():
+            sequence = host.occupant[slot]
+            if sequence is None or sequence.phase is not Phase.RUNNING:
+                continue
+            pool.sent_first[slot] = first[slot]
+            draft.windows.append((g, slot, int(first[slot])))
+            moved.append((g, sequence, int(first[slot])))
+    return moved
+
+
+def _edit_only(host: Host, draft: Draft) -> Launch:
+    """A step that runs nothing: it only carries stops."""
+    stops = _edits(host, draft, force=True)
+    flight = Flight(
+        rows=0,
+        serials=np.zeros(0, np.int64),
+        sequences=[],
+        decoding=np.zeros(0, np.bool_),
+        chunks=[],
+        takes=[0] * len(host.pools),
+        stops=stops,
+        windows=[],
+    )
+    return Launch(draft, flight, 0, 0, rich=False, masked=False, scored=False)
+
+
+def _launch(
+    host: Host,
+    draft: Draft,
+    chunks: list[tuple[Sequence, int, int, bool]],
+    decoding: np.ndarray,
+) -> Launch:
+    """Pick the buckets, fill the plan, and advance the mirrors to after this step."""
+    limits = host.limits
+    windows = _windows(host, draft)
+    take = needs_of(host, chunks, decoding)
+    stops = _edits(host, draft, force=any(take > pool.bound for pool in host.pools))
+    tokens = sum(count for _, _, count, _ in chunks)
+    token_bucket = bucket(limits.token_buckets, tokens) if tokens else 0
+    touched = int(np.flatnonzero(decoding)[-1]) + 1 if decoding.any() else 1
+    for sequence, start, count, final in chunks:
+        touched = max(touched, sequence.slot + 1)
+        draft.chunks.append(Chunk(sequence.slot, start, count, final))
+    rows = bucket(limits.row_buckets if not tokens else limits.row_buckets[-1:], touched)
+    special = bool((host.special[:rows] & decoding[:rows]).any())
+    finals = [s for s, _, _, final in chunks if final]
+    flight = Flight(
+        rows=rows,
+        tokens=token_bucket,
+        serials=host.serial[:rows].copy(),
+        sequences=host.occupant[:rows],
+        decoding=decoding[:rows],
+        chunks=chunks,
+        takes=[take] * len(host.pools),
+        stops=stops,
+        windows=windows,
+    )
+    live = [s for s in flight.sequences if s is not None] if special else []
+    launch = Launch(
+        draft,
+        flight,
+        rows,
+        token_bucket,
+        rich=special or any(s.wants_logprobs or s.masked for s in finals),
+        masked=any(s.masked for s in live) or any(s.masked for s in finals),
+        scored=any(s.wants_prompt_logprobs for s, _, _, _ in chunks),
+    )
+    for pool in host.pools:
+        pool.bound -= take
+    _advance(host, chunks, decoding)
+    host.counters.steps += 1
+    return launch
+
+
+def needs_of(
+    host: Host, chunks: list[tuple[Sequence, int, int, bool]], decoding: np.ndarray
+) -> int:
+    """`needs`, for the rows that really decode in this step."""
+    saved, host.decoding = host.decoding, decoding
+    try:
+        return needs(host, chunks)
+    finally:
+        host.decoding = saved
+
+
+def _advance(
+    host: Host, chunks: list[tuple[Sequence, int, int, bool]], decoding: np.ndarray
+) -> None:
+    """The mirrors after this step is dispatched."""
+    host.sent += decoding
+    # After a decode step a row has sent + 1 tokens: at its limit it has finished, and we know it.
+    host.decoding &= ~(decoding & (host.sent + 1 >= host.limit))
+    for sequence, start, count, final in chunks:
+        slot = sequence.slot
+        host.sent[slot] = start + count
+        host.counters.prompt_tokens += count
+        if final:
+            host.prefilling.remove(sequence)
+            host.decoding[slot] = start + count + 1 < sequence.limit

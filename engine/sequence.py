@@ -1,0 +1,78 @@
+"""A sequence: one prompt and one continuation of it, from arrival to its last token."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from octavo.engine.messages import AddRequest
+from octavo.engine.prefix import seed_hash
+from octavo.engine.state import STOP_IDS
+
+
+class Phase(Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"  # in the queue, in no slot
+    RUNNING = "running"  # in a slot
+    STOPPING = "stopping"  # aborted, its stop not harvested yet: tokens are dropped
+    PREEMPTING = "preempting"  # preempted, its stop not harvested yet: tokens still count
+    DONE = "done"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One of a request's `n` sequences. `tokens` is current only while it is in no slot."""
+
+    handle: int
+    request: AddRequest
+    choice: int
+    serial: int  # order of arrival, unique
+    tokens: np.ndarray  # i32[known] prompt and output so far
+    prompt_len: int
+    limit: int  # prompt and output together end here
+    stop_ids: list[int]
+    controls: np.ndarray  # f32[NS] see pallas_kernels.sampling.Controls
+    kv_dtype: str = ""
+    parent: "Sequence | None" = None  # choice 0 of the same request, until its prompt has run
+    phase: Phase = Phase.WAITING
+    slot: int = -1
+    started: bool = False  # its Start was sent
+    prompt_scored: int = 1  # prompt positions whose log probabilities were sent; the first has none
+    hashes: list[bytes] = field(default_factory=list)
+    seed: bytes = b""
+    deadline: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.seed = seed_hash(self.request.cache_salt, 0, self.kv_dtype)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: lower priority number, then earlier arrival."""
+        return self.request.priority, self.serial
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Log probabilities beside each output token."""
+        return self.request.sampling.logprobs is not None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Log probabilities of the prompt's own tokens."""
+        return self.request.sampling.prompt_logprobs is not None and self.choice == 0
+
+    @property
+    def masked(self) -> bool:
+        """Needs a mask from the host before it is sampled."""
+        sampling = self.request.sampling
+        return bool(
+            sampling.allowed_token_ids
+            or self.request.bad_words
+            or (sampling.min_tokens and len(self.stop_ids) > STOP_IDS)
+        )
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether the prefix index may serve its prompt; scoring a prompt needs it run whole."""
+        skip = self.request.sampling.skip_reading_prefix_cache
+        return not (self.wants_prompt_logprobs if skip is None else skip)

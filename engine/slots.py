@@ -1,0 +1,104 @@
+"""Slots on the device: stop, move, admit and upload, as pure functions of a SlotState."""
+
+import jax
+import jax.numpy as jnp
+
+from octavo.engine.plan import BIAS_IDS, BIAS_VALUES, HISTORY, SCALARS, Plan
+from octavo.engine.state import SlotState
+
+IN_PROMPT = 0x8000  # bit 15 of SlotState.counts
+
+
+def stop(slots: SlotState, which: jax.Array) -> SlotState:
+    """The slots in `which` (bool[B]) decode no more."""
+    return slots.replace(
+        active=slots.active & ~which, length=jnp.where(which, 0, slots.length)
+    )
+
+
+def move_rows(slots: SlotState, src: jax.Array, dst: jax.Array) -> SlotState:
+    """Row dst becomes row src, and src is idle after. i32[]; src == dst changes nothing."""
+
+    def copy(leaf: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_index_in_dim(leaf, src, keepdims=True)
+        return jax.lax.dynamic_update_slice_in_dim(leaf, row, dst, axis=0)
+
+    moved = jax.tree.map(copy, slots)
+    rows = jnp.arange(slots.active.shape[0], dtype=jnp.int32)
+    return stop(moved, (rows == src) & (src != dst))
+
+
+def admit(slots: SlotState, plan: Plan) -> SlotState:
+    """Give newly admitted sequences their slots; they are idle until their prompt has run."""
+    column = {name: plan.admission[:, i] for i, name in enumerate(SCALARS)}  # each i32[A]
+    rows = jnp.arange(slots.active.shape[0], dtype=jnp.int32)
+    onehot = column["slot"][:, None] == rows[None, :]  # [A, B]; slot -1 matches none
+    taken = jnp.any(onehot, axis=0)  # [B]
+
+    def place(old: jax.Array, new: jax.Array) -> jax.Array:
+        """new [A, ...] into the rows of old [B, ...] that were taken."""
+        trail = (1,) * (old.ndim - 1)
+        hot = onehot.reshape(onehot.shape + trail)
+        picked = jnp.sum(jnp.where(hot, new[:, None], 0), axis=0).astype(old.dtype)
+        return jnp.where(taken.reshape(taken.shape + trail), picked, old)
+
+    seed = jax.lax.bitcast_convert_type(
+        jnp.stack([column["seed"], column["choice"]], axis=1), jnp.uint32
+    )
+    nothing = jnp.zeros_like(slots.bias[:1])
+    spared = jnp.concatenate([taken, jnp.zeros((1,), jnp.bool_)])[:, None]
+    return slots.replace(
+        active=slots.active & ~taken,
+        length=place(slots.length, column["length"]),
+        prompt_len=place(slots.prompt_len, column["prompt_len"]),
+        limit=place(slots.limit, column["limit"]),
+        min_tokens=place(slots.min_tokens, column["min_tokens"]),
+        adapter=place(slots.adapter, column["adapter"]),
+        stop_ids=place(slots.stop_ids, plan.stop_ids),
+        sampling=place(slots.sampling, plan.sampling),
+        seed=place(slots.seed, seed),
+        counts=jnp.where(taken[:, None], jnp.uint16(0), slots.counts),
+        bias=jnp.where(spared, nothing, slots.bias),
+    )
+
+
+def upload(slots: SlotState, plan: Plan) -> SlotState:
+    """Write the tokens and biases that a plan carries for its newly admitted slots."""
+    slot, offset, count, kind = (plan.piece[:, i] for i in range(4))  # each i32[PIECES]
+    end = jnp.cumsum(count)
+    entry = jnp.arange(plan.upload.shape[0], dtype=jnp.int32)
+    owner = jnp.minimum(jnp.sum(entry[:, None] >= end[None, :], axis=1), slot.shape[0] - 1)
+    real = entry < end[-1]
+    column = offset[owner] + entry - (end - count)[owner]
+    row = slot[owner]
+    trash = slots.active.shape[0]  # the row that takes padding
+
+    def scatter(leaf: jax.Array, which: int, values: jax.Array) -> jax.Array:
+        width = leaf.shape[1]
+        mine = real & (kind[owner] == which)
+        cell = jnp.where(mine, row * width + column, trash * width)
+        return leaf.reshape(-1).at[cell].set(values).reshape(leaf.shape)
+
+    return slots.replace(
+        history=scatter(slots.history, HISTORY, plan.upload),
+        bias_ids=scatter(slots.bias_ids, BIAS_IDS, plan.upload),
+        bias=scatter(
+            slots.bias, BIAS_VALUES, jax.lax.bitcast_convert_type(plan.upload, jnp.float32)
+        ),
+        counts=_count(slots, row, column, plan.upload, real & (kind[owner] == HISTORY)),
+    )
+
+
+def _count(
+    slots: SlotState, row: jax.Array, column: jax.Array, token: jax.Array, mine: jax.Array
+) -> jax.Array:
+    """Mark prompt tokens as seen, and count those that were generated before a preemption."""
+    vocab = slots.counts.shape[1]
+    if vocab == 1:  # penalties are off
+        return slots.counts
+    cell = jnp.where(mine, row * vocab + jnp.clip(token, 0, vocab - 1), 0)
+    prompt = mine & (column < slots.prompt_len[row])
+    flat = slots.counts.reshape(-1)
+    flat = flat.at[cell].max(jnp.where(prompt, jnp.uint16(IN_PROMPT), jnp.uint16(0)))
+    flat = flat.at[cell].add((mine & ~prompt).astype(jnp.uint16))
+    return flat.reshape(slots.counts.shape)

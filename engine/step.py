@@ -1,0 +1,307 @@
+"""One step: edit, forward, sample. Three pure functions of the state, and `step` is their composition.
+
+    edit(state, plan)             stops, moves, returned pages, admissions, uploads
+    forward(params, state, plan)  pop pages, run R decode rows and T chunk tokens, advance lengths
+    sample(params, state, hidden) logits to tokens, mark the finished
+
+A steady decode step needs no plan: the device knows every slot's next token, length and page. Shapes
+are static: R (decode rows; row r is slot r, and every slot touched is below R) and T (chunk tokens).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from octavo.backends.record import Backend
+from octavo.engine import pages as page_ops
+from octavo.engine import slots as slot_ops
+from octavo.engine.plan import CHUNKS, chunk_segment, unpack
+from octavo.engine.state import Dims, EngineState, SlotState
+from octavo.models.ops import AttentionSpec, Ops
+from octavo.models.registry import Model
+from octavo.pallas_kernels.attention.batch import RaggedBatch
+from octavo.pallas_kernels.sampling import Controls, sample_tokens, top_logprobs
+
+# Bits of a row's flags in the result.
+LIVE, FINISHED, BY_STOP = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The static part of every step: sizes, model and backend."""
+
+    dims: Dims
+    model: Model
+    backend: Backend
+
+
+@flax.struct.dataclass
+class Passed:
+    """What a forward pass hands to sampling."""
+
+    hidden: jax.Array  # [R, E] of each row's last token
+    chunk_hidden: jax.Array  # [T, E] of the chunk tokens; [0, E] where nobody asks
+    live: jax.Array  # bool[R] the row's hidden state is to be sampled
+
+
+def _ops(machine: Machine, batches: tuple[RaggedBatch, ...]) -> Ops:
+    """The backend's operations, with attention bound to this step's batch of each page group."""
+    backend = machine.backend
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, spec: AttentionSpec
+    ) -> tuple[jax.Array, Any]:
+        return backend.attend(
+            q,
+            k,
+            v,
+            cache,
+            batches[spec.layer.group],
+            window=spec.layer.window,
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
+
+    return Ops(
+        attend=attend,
+        linear=backend.linear,
+        grouped_linear=backend.grouped_linear,
+        layers=backend.layers,
+    )
+
+
+def edit(machine: Machine, state: EngineState, vector: jax.Array) -> EngineState:
+    """Apply all of a plan but its chunks. vector i32[plan_size]."""
+    plan = unpack(machine.dims, vector)
+    slots, groups = slot_ops.stop(state.slots, plan.stop), list(state.pages)
+    rows = jnp.arange(machine.dims.slots, dtype=jnp.int32)
+    admitted = jnp.any(plan.admission[:, :1] == rows[None, :], axis=0)
+    for g, pages in enumerate(groups):
+        pages = page_ops.clear(pages, plan.stop)
+        for i in range(plan.move_src.shape[0]):
+            pages = page_ops.move_rows(pages, plan.move_src[i], plan.move_dst[i])
+        pages = page_ops.push(pages, plan.returned[g], plan.returned_count[g])
+        pages = page_ops.clear(pages, admitted)
+        pages = page_ops.share(
+            pages,
+            jnp.maximum(plan.admission[:, 0], 0),
+            plan.admission[:, 0] >= 0,
+            plan.first[:, g],
+            plan.held[:, g],
+            plan.shared[g],
+        )
+        groups[g] = page_ops.advance_window(pages, plan.window_first[g])
+    for i in range(plan.move_src.shape[0]):
+        slots = slot_ops.move_rows(slots, plan.move_src[i], plan.move_dst[i])
+    slots = slot_ops.upload(slot_ops.admit(slots, plan), plan)
+    return state.replace(slots=slots, pages=tuple(groups))
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The flat tokens of a step; see pallas_kernels/attention/batch.py for the order."""
+
+    token: jax.Array  # i32[N]
+    position: jax.Array  # i32[N]
+    slot: jax.Array  # i32[N]
+    real: jax.Array  # bool[N]
+    chunk: jax.Array  # i32[CHUNKS, 4]
+    offset: jax.Array  # i32[CHUNKS]
+
+
+def _tokens(slots: SlotState, chunk: jax.Array, rows: int, tokens: int) -> _Tokens:
+    """Lay out the decode rows' tokens, then the chunks'."""
+    row = jnp.arange(rows, dtype=jnp.int32)
+    token, position, slot = slots.last[:rows, 0], slots.length[:rows], row
+    real = slots.active[:rows]
+    end = jnp.cumsum(chunk[:, 2])
+    if tokens:
+        entry = jnp.arange(tokens, dtype=jnp.int32)
+        owner = jnp.sum(entry[:, None] >= end[None, :], axis=1)  # [T]
+        valid = entry < end[-1]
+        owner = jnp.minimum(owner, chunk.shape[0] - 1)
+        where = jnp.where(valid, chunk[owner, 0], 0)
+        at = jnp.where(valid, chunk[owner, 1] + entry - (end - chunk[:, 2])[owner], 0)
+        width = slots.history.shape[1]
+        token = jnp.concatenate([token, slots.history.reshape(-1)[where * width + at]])
+        position = jnp.concatenate([position, at])
+        slot = jnp.concatenate([slot, where])
+        real = jnp.concatenate([real, valid])
+    return _Tokens(
+        token=jnp.where(real, token, 0),
+        position=jnp.where(real, position, 0),
+        slot=slot,
+        real=real,
+        chunk=chunk,
+        offset=end - chunk[:, 2],
+    )
+
+
+def forward(
+    machine: Machine,
+    params: Any,
+    state: EngineState,
+    vector: jax.Array | None,
+    *,
+    rows: int,
+    tokens: int,
+) -> tuple[EngineState, Passed, jax.Array]:
+    """Run R decode rows and T chunk tokens; vector may be None where T is 0.
+
+    Returns the state with keys, values, pages and lengths advanced, what sampling needs, and the
+    pages taken, one i32 vector:  per group: free_top after, count, then the pages [R + T / S + CHUNKS].
+    """
+    dims, slots = machine.dims, state.slots
+    chunk = jnp.zeros((CHUNKS, 4), jnp.int32) if vector is None else chunk_segment(dims, vector)
+    flat = _tokens(slots, chunk, rows, tokens)
+    groups, batches, taken = [], [], []
+    capacity = taken_capacity(dims, rows, tokens)
+    for pages in state.pages:
+        after, dest, count = page_ops.grow(
+            pages, flat.slot, flat.position, flat.real, shift=dims.shift
+        )
+        order = jnp.maximum(pages.free_top - 1 - jnp.arange(capacity, dtype=jnp.int32), 0)
+        taken.append(jnp.stack([after.free_top, count]))
+        taken.append(pages.free_stack[order])
+        groups.append(after)
+        batches.append(
+            RaggedBatch(
+                table=after.table[:rows],
+                row_start=slots.length[:rows],
+                row_count=slots.active[:rows].astype(jnp.int32),
+                chunk_slot=chunk[:, 0],
+                chunk_start=chunk[:, 1],
+                chunk_count=chunk[:, 2],
+                chunk_offset=flat.offset,
+                dest=dest,
+                position=flat.position,
+                slot=flat.slot,
+                real=flat.real,
+                page_size=dims.page_size,
+            )
+        )
+    ops = _ops(machine, tuple(batches))
+    hidden, kv = machine.model.forward(params, flat.token, flat.position, state.kv, ops)
+
+    onehot = chunk[:, :1] == jnp.arange(dims.slots, dtype=jnp.int32)[None, :]  # [CHUNKS, B]
+    ran = jnp.sum(jnp.where(onehot, chunk[:, 2:3], 0), axis=0)  # [B] chunk tokens of each slot
+    ran = ran.at[:rows].add(slots.active[:rows].astype(jnp.int32))
+    last = flat.offset + jnp.maximum(chunk[:, 2], 1) - 1  # [CHUNKS]
+    ends = onehot & (chunk[:, 3:4] != 0)
+    final = jnp.any(ends, axis=0)[:rows]
+    at = rows + jnp.sum(jnp.where(ends, last[:, None], 0), axis=0)[:rows]
+    row = jnp.arange(rows, dtype=jnp.int32)
+    picked = hidden[jnp.where(final, at, row)] if tokens else hidden
+    state = state.replace(
+        slots=slots.replace(length=slots.length + ran), pages=tuple(groups), kv=kv
+    )
+    live = slots.active[:rows] | final
+    return state, Passed(picked, hidden[rows:], live), jnp.concatenate(taken)
+
+
+def taken_capacity(dims: Dims, rows: int, tokens: int) -> int:
+    """The most pages one step can take, per group."""
+    return rows + (tokens // dims.page_size + CHUNKS if tokens else 0)
+
+
+def sample(
+    machine: Machine,
+    params: Any,
+    state: EngineState,
+    passed: Passed,
+    mask: jax.Array | None = None,
+    *,
+    logprobs: int = 0,
+) -> tuple[EngineState, jax.Array, tuple[jax.Array, ...]]:
+    """Turn hidden states into tokens and mark the finished.
+
+    mask u32[R, ceil(V / 32)]: bit v of a row allows token v. logprobs > 0 also returns the likeliest.
+    Returns the state, rows i32[4, R] (flags, token, logprob bits, length after), and with logprobs
+    (ids i32[R, k], logprobs f32[R, k], rank i32[R]), else an empty tuple.
+    """
+    slots, live = state.slots, passed.live
+    rows = live.shape[0]
+    logits = machine.model.logits(params, passed.hidden, _ops(machine, ()))  # f32[R, V]
+    length, generated = slots.length[:rows], (slots.length - slots.prompt_len)[:rows]
+    token, logprob = sample_tokens(
+        logits,
+        Controls.unpack(slots.sampling[:rows]),
+        seed=slots.seed[:rows],
+        position=length,
+        counts=slots.counts[:rows] if machine.dims.counts else None,
+        bias_ids=slots.bias_ids[:rows],
+        bias=slots.bias[:rows],
+        banned=jnp.where(
+            (generated < slots.min_tokens[:rows])[:, None], slots.stop_ids[:rows], -1
+        ),
+        mask=mask,
+        logprob=logprobs > 0,
+    )
+    by_stop = live & jnp.any(token[:, None] == slots.stop_ids[:rows], axis=1)
+    by_stop = by_stop & (generated + 1 >= slots.min_tokens[:rows])
+    finished = by_stop | (live & (length + 1 >= slots.limit[:rows]))
+    slots = _advance(slots, token, live, finished)
+    flags = live * LIVE + finished * FINISHED + by_stop * BY_STOP
+    packed = jnp.stack(
+        [
+            flags.astype(jnp.int32),
+            jnp.where(live, token, -1),
+            jax.lax.bitcast_convert_type(logprob, jnp.int32),
+            length,
+        ]
+    )
+    extra: tuple[jax.Array, ...] = ()
+    if logprobs:
+        ids, values, _, rank = top_logprobs(logits, token, logprobs)
+        extra = (ids, values, rank)
+    return state.replace(slots=slots), packed, extra
+
+
+def _advance(
+    slots: SlotState, token: jax.Array, live: jax.Array, finished: jax.Array
+) -> SlotState:
+    """Remember the sampled tokens; rows that were not live stay as they are."""
+    rows = token.shape[0]
+    row = jnp.arange(rows, dtype=jnp.int32)
+    width = slots.history.shape[1]
+    trash = slots.active.shape[0] * width
+    at = jnp.minimum(slots.length[:rows], width - 1)
+    cell = jnp.where(live, row * width + at, trash)
+    history = slots.history.reshape(-1).at[cell].set(token).reshape(slots.history.shape)
+    counts = slots.counts
+    if counts.shape[1] > 1:
+        flat = row * counts.shape[1] + token
+        counts = counts.reshape(-1).at[flat].add(live.astype(counts.dtype)).reshape(counts.shape)
+    last = jnp.where(live, token, slots.last[:rows, 0])
+    return slots.replace(
+        active=slots.active.at[:rows].set(jnp.where(live, ~finished, slots.active[:rows])),
+        last=slots.last.at[:rows, 0].set(last),
+        history=history,
+        counts=counts,
+    )
+
+
+def score(
+    machine: Machine, params: Any, hidden: jax.Array, targets: jax.Array, *, logprobs: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Log probabilities of a prompt's own tokens.
+
+    hidden [T, E], targets i32[T]: the token that follows each. Returns ids i32[T, k], their logprobs
+    f32[T, k], the targets' f32[T] and ranks i32[T]. Blocks of tokens bound the memory of the logits.
+    """
+    block = next(n for n in (64, 32, 16, 8, 4, 2, 1) if hidden.shape[0] % n == 0)
+
+    def one(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        logits = machine.model.logits(params, pair[0], _ops(machine, ()))
+        ids, values, chosen, rank = top_logprobs(logits, pair[1], logprobs)
+        return ids, values, chosen, rank
+
+    parts = jax.lax.map(
+        one, (hidden.reshape(-1, block, hidden.shape[1]), targets.reshape(-1, block))
+    )
+    ids, values, chosen, rank = parts
+    flat = (-1, logprobs)
+    return ids.reshape(flat), values.reshape(flat), chosen.reshape(-1), rank.reshape(-1)
