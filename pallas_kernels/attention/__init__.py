@@ -1,1 +1,6 @@
-"""Ragged paged attention: the definition, and one file per platform."""
+"""Ragged paged attention: the definition (reference.py), and one file per platform."""
+
+from octavo.pallas_kernels.attention.batch import RaggedBatch
+from octavo.pallas_kernels.attention.reference import KV, init_kv
+
+__all__ = ["KV", "RaggedBatch", "init_kv"]

@@ -1,14 +1,15 @@
 """The ragged batch: what paged attention must know of one step's tokens, for one page group.
 
 Axis letters, the same in every file:
-    B slots   M pages per slot   P pages in the pool   S tokens per page   T chunk tokens in this step
+    B slots   M pages per slot   P pages in the pool   S tokens per page   T chunk tokens in a step
     R decode rows in this step (row r is slot r, R <= B)   Q tokens per decode row   C chunks
     N = R * Q + T tokens in this step   H query heads   K key-value heads   D head size
 
 The N tokens lie flat: first the decode rows' (row r at r * Q), then the chunks' (chunk c at
 R * Q + chunk_offset[c]). Chunks lie one behind another in the order of c; unused ones have count 0
-and an offset equal to the end of the last used one. Tokens of no row and no chunk are padding: their
-keys and values go to page 0, the trash page, and what they attend to is never used (but is finite).
+and an offset equal to the end of the last used one. Tokens of no row and no chunk are padding:
+their keys and values go to page 0, the trash page, and what they attend to is never used (but is
+finite).
 """
 
 import flax.struct

@@ -1,0 +1,82 @@
+"""What the engine knows of a kind of hardware: one frozen record, and no class tree.
+
+Nothing outside this folder asks which hardware it runs on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+
+
+class BackendError(ValueError):
+    """A device that cannot be used: which, why, and what to write instead."""
+
+
+class Layer(Protocol):
+    """What a cache must know of one layer (`models.ops.LayerSpec` is one)."""
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
+
+
+class InitCache(Protocol):
+    """Makes the cache: one entry per layer, each with the pages of the layer's group."""
+
+    def __call__(
+        self,
+        layers: Sequence[Layer],
+        pages: Sequence[int],  # per group, the trash page included
+        page_size: int,
+        kv_heads: int,
+        head_size: int,
+        dtype: jax.typing.DTypeLike,
+    ) -> tuple[Any, ...]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One kind of hardware, and how Octavo runs on it."""
+
+    name: str
+    reason: str  # one line: what was chosen and why
+    devices: tuple[jax.Device, ...]  # what it computes on, the first one first
+
+    # attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, batch: RaggedBatch, *, window, scale,
+    # softcap) -> ([N, H, D], cache): writes, then attends; `cache` is one entry of init_cache.
+    attend: Callable[..., tuple[jax.Array, Any]]
+    init_cache: InitCache
+    # page_bytes(layers, page_size, kv_heads, head_size, dtype): one page in all of `layers` layers
+    page_bytes: Callable[[int, int, int, int, jax.typing.DTypeLike], int]
+
+    # These three are `models.ops.Ops` of the same names.
+    linear: Callable[[jax.Array, Any], jax.Array]
+    grouped_linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    layers: Callable[..., tuple[jax.Array, Any]]
+
+    row_buckets: Callable[[int], tuple[int, ...]]  # of max_num_seqs, ascending, the last is it
+    token_buckets: Callable[[int], tuple[int, ...]]  # of max_num_batched_tokens, likewise
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    dtype: str
+    fused: bool  # forward and sample in one program
+    compiler_options: Mapping[str, bool | int | str] = field(default_factory=dict)
+
+    memory_limit: Callable[[], int]  # bytes this process may still take on the first device
+    # why_not(config): why an EngineConfig-like object cannot be served here, and what to change
+    why_not: Callable[[Any], str | None]
+
+
+def doubling(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
+    """first, first * factor, ... and `last` itself, which may lie between two of them."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= factor
+    return (*sizes, last)

@@ -1,0 +1,27 @@
+"""Which backend runs here."""
+
+import jax
+
+from octavo.backends import cpu, gpu_plain
+from octavo.backends.record import Backend, BackendError
+
+
+def select(device: str = "auto") -> Backend:
+    """The backend for `device` (auto, cpu, gpu, tpu or neuron), which says why it was chosen.
+
+    Raises BackendError where jax sees no such device, or Octavo has no backend for it.
+    """
+    found = jax.default_backend()
+    asked = f"--device {device}"
+    if device == "auto":
+        device, asked = found, f"{found} is the platform jax found first"
+    if device == "cpu":
+        return cpu.backend(f"cpu: blockwise attention in plain jnp ({asked})")
+    if device == "gpu":
+        if found != "gpu":
+            raise BackendError(
+                f"no gpu is visible to jax, which found {found}; "
+                "install octavo[cuda], or use --device cpu"
+            )
+        return gpu_plain.backend(f"gpu: plain XLA, no kernels of our own yet ({asked})")
+    raise BackendError(f"no backend record for {device} yet; use --device cpu")

@@ -1,0 +1,141 @@
+"""The blocks that families share. Pure functions of their weights; N tokens lie flat.
+
+tokens i32[N] -> embed -> L x block -> norm -> hidden [N, E] -> head -> logits f32[R, V]
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from octavo.models import tensors
+from octavo.models.config import ModelConfig
+from octavo.models.ops import AttentionSpec, LayerSpec, Linear, Ops
+from octavo.models.rope import Rope, rotate
+
+Turn = tuple[jax.Array, jax.Array]  # cos and sin, each f32[N, 1, D'/2]
+
+
+@flax.struct.dataclass
+class Decoder:
+    """The parameters of every family; only the layers differ."""
+
+    embed: jax.Array  # [V, E] rows are gathered; as a head it is as fast as [E, V]
+    layers: tuple[Any, ...]  # one tree per layer
+    norm: jax.Array  # [E]
+    head: jax.Array | None  # [V, E]; None: the embedding serves
+
+
+@flax.struct.dataclass
+class Attention:
+    qkv: Linear  # [E, K, J, D] J = H/K queries, one key, one value
+    out: Linear  # [H * D, E]
+    q_norm: jax.Array | None = None  # [D]
+    k_norm: jax.Array | None = None  # [D]
+
+
+@flax.struct.dataclass
+class Mlp:
+    gate_up: Linear  # [E, 2, F]
+    down: Linear  # [F, E]
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """What `build` fixed: everything of a forward pass that is neither weight nor input."""
+
+    config: ModelConfig
+    specs: tuple[LayerSpec, ...]
+    rope: Rope
+    local_rope: Rope | None
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """x / rms(x) * (offset + weight) over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale * (offset + weight.astype(jnp.float32))).astype(x.dtype)
+
+
+def attention(
+    fixed: Fixed,
+    w: Attention,
+    x: jax.Array,
+    turn: Turn,
+    kv: Any,
+    spec: LayerSpec,
+    ops: Ops,
+) -> tuple[jax.Array, Any]:
+    """x [N, E] -> [N, E], and this layer's cache with the new keys and values."""
+    config = fixed.config
+    mixed = ops.linear(x, w.qkv)  # [N, K, J, D]
+    q = mixed[:, :, :-2].reshape(-1, config.H, config.D)
+    k, v = mixed[:, :, -2], mixed[:, :, -1]  # [N, K, D]
+    if w.q_norm is not None and w.k_norm is not None:
+        offset = norm_offset(config)
+        q = rms_norm(q, w.q_norm, config.eps, offset)
+        k = rms_norm(k, w.k_norm, config.eps, offset)
+    q, k = rotate(q, turn), rotate(k, turn)
+    call = AttentionSpec(spec, scale=config.query_scale, softcap=config.attention_softcap)
+    y, kv = ops.attend(q, k, v, kv, call)
+    return ops.linear(y.reshape(-1, config.H * config.D), w.out), kv
+
+
+def norm_offset(config: ModelConfig) -> float:
+    """Gemma stores its norm weights less one."""
+    return 1.0 if config.family == "gemma3" else 0.0
+
+
+def gated_mlp(config: ModelConfig, w: Mlp, x: jax.Array, ops: Ops) -> jax.Array:
+    """x [N, E] -> down(act(gate(x)) * up(x)) [N, E]."""
+    both = ops.linear(x, w.gate_up)  # [N, 2, F]
+    return ops.linear(ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1], w.down)
+
+
+def logits(config: ModelConfig, params: Decoder, hidden: jax.Array, ops: Ops) -> jax.Array:
+    """hidden [R, E] -> f32[R, V], accumulated in float32."""
+    del ops  # the head is no Linear: it is the embedding, or lies as the embedding does
+    head = params.embed if params.head is None else params.head
+    out = jnp.einsum("re,ve->rv", hidden, head, preferred_element_type=jnp.float32)
+    if config.final_softcap:
+        out = config.final_softcap * jnp.tanh(out / config.final_softcap)
+    return out
+
+
+def attention_tensors(config: ModelConfig, at: str, qk_norm: str = "") -> Attention:
+    """The usual names. `qk_norm` is the init of the query and key norms; "" is no norms."""
+    at += "self_attn."
+    return Attention(
+        qkv=tensors.qkv(config, at),
+        out=tensors.linear("HD E", f"{at}o_proj", config.out_bias),
+        q_norm=tensors.tensor("D", f"{at}q_norm.weight", init=qk_norm) if qk_norm else None,
+        k_norm=tensors.tensor("D", f"{at}k_norm.weight", init=qk_norm) if qk_norm else None,
+    )
+
+
+def mlp_tensors(config: ModelConfig, at: str) -> Mlp:
+    """The usual names."""
+    down = tensors.linear("F E", f"{at}mlp.down_proj", config.mlp_bias)
+    return Mlp(gate_up=tensors.gate_up(config, f"{at}mlp."), down=down)
+
+
+def decoder_tensors(
+    config: ModelConfig, layer: Callable[[ModelConfig, int, str], Any], norm: str = "ones"
+) -> Decoder:
+    """The tree of Tensors, given the one of a layer."""
+    return Decoder(
+        embed=tensors.tensor("V E", "model.embed_tokens.weight"),
+        layers=tuple(layer(config, i, f"model.layers.{i}.") for i in range(config.L)),
+        norm=tensors.tensor("E", "model.norm.weight", init=norm),
+        head=None if config.tied else tensors.tensor("V E", "lm_head.weight"),
+    )

@@ -1,0 +1,135 @@
+"""Weights: from tensors with Hugging Face names to a parameter tree, one parameter at a time.
+
+Never more than one parameter is in host memory on its way: read, laid out and cast by numpy, put.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from octavo.models.layers import Decoder
+from octavo.models.registry import Model
+from octavo.models.tensors import Tensor, fill, shape
+
+Get = Callable[[str], np.ndarray]
+Put = Callable[[np.ndarray], jax.Array]
+Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
+
+# Tensors of some checkpoints that a decoder does not need: buffers, and the parts that see.
+HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
+HARMLESS_BEGINNINGS = ("model.vision_tower.", "model.multi_modal_projector.")
+
+
+class LoadError(ValueError):
+    """Weights that do not fit the model: which, and how."""
+
+
+def load_params(
+    model: Model,
+    get: Get,
+    names: Iterable[str],
+    dtype: Any,
+    put: Put = jax.device_put,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Read every parameter of `model` with `get` (by Hugging Face name), as `dtype`.
+
+    Raises LoadError where a name is missing or left over, or a shape differs.
+    """
+    stored = {canonical_name(name): name for name in names}
+    check_names(model, stored)
+    sizes = model.config.sizes
+    done, total = 0, param_bytes(model, dtype)
+
+    def leaf(t: Tensor) -> jax.Array:
+        nonlocal done
+        out = np.empty(shape(t.axes, sizes), dtype)
+        for piece in t.pieces:
+            array = get(stored[piece.name])
+            want = shape(piece.whole or piece.axes, sizes)
+            if array.shape != want:
+                raise LoadError(
+                    f"tensor {stored[piece.name]} has shape {list(array.shape)}, but config.json "
+                    f"asks for {list(want)}; are the weights those of this config?"
+                )
+            fill(out, t, piece, array, sizes)
+        made = put(out)
+        done += out.nbytes
+        if progress is not None:
+            progress(t.pieces[0].name, done, total)
+        return made
+
+    return jax.tree.map(leaf, model.tensors)
+
+
+def canonical_name(name: str) -> str:
+    """The name without the prefix that a multimodal checkpoint puts before its text model."""
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    name = name.removeprefix("language_model.")
+    if name.startswith(("vision_tower.", "multi_modal_projector.")):
+        return "model." + name
+    return name
+
+
+def check_names(model: Model, names: Iterable[str]) -> None:
+    """Raise LoadError where the checkpoint and the model do not name the same tensors."""
+    have = set(names)
+    want = {piece.name for t in jax.tree.leaves(model.tensors) for piece in t.pieces}
+    harmless = {"lm_head.weight"} if model.config.tied else set()
+    left = {
+        name
+        for name in have - want - harmless
+        if not name.endswith(HARMLESS_ENDINGS) and not name.startswith(HARMLESS_BEGINNINGS)
+    }
+    if missing := want - have:
+        also = f", and it has {_some(left)} that the model does not know" if left else ""
+        raise LoadError(f"the checkpoint lacks {_some(missing)}{also}")
+    if left:
+        raise LoadError(f"the checkpoint has {_some(left)} that the model does not know")
+
+
+def _some(names: set[str], most: int = 5) -> str:
+    shown = ", ".join(sorted(names)[:most])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{more})"
+
+
+def param_bytes(model: Model, dtype: Any) -> int:
+    """Bytes of all parameters."""
+    sizes = model.config.sizes
+    leaves = jax.tree.leaves(model.tensors)
+    return sum(math.prod(shape(t.axes, sizes)) for t in leaves) * np.dtype(dtype).itemsize
+
+
+def random_params(
+    model: Model, seed: int = 0, dtype: Any = np.float32, put: Put = jax.device_put
+) -> Decoder:
+    """Weights for measuring without a checkpoint: finite logits, no meaning.
+
+    One block of normal numbers is drawn and repeated from a random offset, so that it costs a copy.
+    """
+    random = np.random.default_rng(seed)
+    block = random.standard_normal(1_000_003, np.float32)
+    sizes = model.config.sizes
+
+    def leaf(t: Tensor) -> jax.Array:
+        dims = shape(t.axes, sizes)
+        if t.init != "normal":
+            return put(np.full(dims, 1.0 if t.init == "ones" else 0.0, dtype))
+        fan_in = _fan_in(t, dims)
+        scaled = np.roll(block * fan_in**-0.5, random.integers(len(block))).astype(dtype)
+        return put(np.resize(scaled, dims))
+
+    return jax.tree.map(leaf, model.tensors)
+
+
+def _fan_in(t: Tensor, dims: tuple[int, ...]) -> int:
+    """Inputs per output: the first axis, after the experts; an embedding's is its width."""
+    words = t.axes.split()
+    if words[0] == "V":
+        return dims[1]
+    return dims[1] if words[0] == "X" else dims[0]

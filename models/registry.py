@@ -1,0 +1,96 @@
+"""`build`: from a ModelConfig to the pure functions of its family.
+
+A new family is one file with `tensors(config)` and `forward(fixed, params, ...)`, a row in FAMILIES,
+and its names in config.FAMILY_OF.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from octavo.models import layers, llama
+from octavo.models.config import ModelConfig
+from octavo.models.layers import Decoder, Fixed
+from octavo.models.ops import LayerSpec
+from octavo.models.rope import make_rope
+from octavo.models.tensors import Tensor, shape
+
+
+@dataclass(frozen=True)
+class Family:
+    tensors: Callable[[ModelConfig], Decoder]  # the parameter tree with Tensors for arrays
+    forward: Callable[..., tuple[jax.Array, Any]]
+
+
+FAMILIES = {
+    "llama": Family(llama.tensors, llama.forward),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model without its weights: pure functions and static facts."""
+
+    config: ModelConfig
+    max_model_len: int
+    forward: Callable[..., tuple[jax.Array, Any]]
+    # forward(params, tokens i32[N], positions i32[N], cache, ops) -> (hidden [N, E], cache)
+    logits: Callable[..., jax.Array]  # logits(params, hidden [R, E], ops) -> f32[R, V]
+    layer_specs: tuple[LayerSpec, ...]  # one per layer
+    attention: tuple[int, int, int]  # H, K, D
+    period: int  # layers i and i + period have the same specs and the same parameter tree
+    tensors: Decoder  # the parameter tree with a Tensor for every array
+
+    def abstract_params(self, dtype: Any) -> Decoder:
+        """The parameter tree with a ShapeDtypeStruct for every array."""
+        sizes = self.config.sizes
+
+        def leaf(t: Tensor) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape(t.axes, sizes), dtype)
+
+        return jax.tree.map(leaf, self.tensors)
+
+
+def build(config: ModelConfig, max_model_len: int) -> Model:
+    """The model for sequences of up to `max_model_len` tokens, prompt and output."""
+    family = FAMILIES[config.family]
+    specs = layer_specs(config.windows, max_model_len)
+    local = config.local_rope
+    fixed = Fixed(
+        config=config,
+        specs=specs,
+        rope=make_rope(config.rope, config.D, config.max_len, max_model_len),
+        local_rope=make_rope(local, config.D, config.max_len, max_model_len) if local else None,
+    )
+    tree = family.tensors(config)
+    return Model(
+        config=config,
+        max_model_len=max_model_len,
+        forward=partial(family.forward, fixed),
+        logits=partial(layers.logits, config),
+        layer_specs=specs,
+        attention=(config.H, config.K, config.D),
+        period=_period(specs, tree.layers),
+        tensors=tree,
+    )
+
+
+def layer_specs(windows: tuple[int, ...], max_model_len: int) -> tuple[LayerSpec, ...]:
+    """Full layers are group 0, window layers group 1; where all have the window they are group 0.
+
+    A window that no sequence can outgrow is none.
+    """
+    windows = tuple(w if w < max_model_len else 0 for w in windows)
+    group = 1 if 0 in windows else 0
+    return tuple(LayerSpec(group=group if w else 0, window=w) for w in windows)
+
+
+def _period(specs: tuple[LayerSpec, ...], trees: tuple[Any, ...]) -> int:
+    kinds = [(spec, jax.tree.structure(tree)) for spec, tree in zip(specs, trees, strict=True)]
+    for period in range(1, len(kinds)):
+        if all(a == b for a, b in zip(kinds, kinds[period:], strict=False)):
+            return period
+    return len(kinds)

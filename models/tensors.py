@@ -1,0 +1,116 @@
+"""Checkpoint names are data: a Tensor says a parameter's shape and where it comes from.
+
+A family writes its parameter tree with Tensors as leaves. That one tree drives loading, random
+weights, abstract shapes and, by its axes, sharding.
+
+Axes are words of letters, one word per dimension: "E K J D" is four dimensions, "HD E" two. A digit
+is itself. The letters (ModelConfig.sizes): V E H K D F X as everywhere, f the width of one expert,
+G = H/K query heads per key-value head, J = G + 2: a key-value head's queries, its key, its value.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from octavo.models.config import ModelConfig
+from octavo.models.ops import Linear
+
+Index = tuple[int | slice, ...]
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One checkpoint tensor, or a run of its rows, and the part of our parameter that it fills."""
+
+    name: str  # Hugging Face name
+    axes: str  # of the piece as stored
+    into: Index = ()  # part of the parameter; () is all of it
+    whole: str = ""  # axes of the stored tensor, where the piece is only some of its rows
+    after: str = ""  # axes of the rows before the piece, word by word
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter: how it is laid out here and which pieces make it."""
+
+    axes: str
+    pieces: tuple[Piece, ...]
+    init: str = "normal"  # random weights: normal, ones or zeros
+
+
+def size(word: str, sizes: Mapping[str, int]) -> int:
+    """The length of one dimension."""
+    return math.prod(int(c) if c.isdigit() else sizes[c] for c in word)
+
+
+def shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(size(word, sizes) for word in axes.split())
+
+
+def _letters(axes: str) -> list[str]:
+    return list(axes.replace(" ", ""))
+
+
+def fill(
+    out: np.ndarray, tensor: Tensor, piece: Piece, stored: np.ndarray, sizes: Mapping[str, int]
+) -> None:
+    """Write one stored tensor into its part of the parameter `out`, transposed and cast."""
+    if piece.whole:
+        start = sum(size(word, sizes) for word in piece.after.split())
+        stored = stored[start : start + size(piece.axes.split()[0], sizes)]
+    have = _letters(piece.axes)
+    # A slice of J is a key-value head's queries: there, and only there, J is G.
+    want = ["G" if c == "J" else c for c in _letters(tensor.axes)]
+    order = [have.index(c) for c in want if c in have]
+    source = stored.reshape([size(c, sizes) for c in have]).transpose(order)
+    _copy(out.reshape([size(c, sizes) for c in _letters(tensor.axes)])[piece.into], source)
+
+
+def _copy(out: np.ndarray, source: np.ndarray, block: int = 64) -> None:
+    """out[...] = source. In blocks of the leading axis, so that a transposed read stays in cache."""
+    if source.ndim < 2 or source.flags.c_contiguous:
+        out[...] = source
+        return
+    for i in range(0, len(source), block):
+        out[i : i + block] = source[i : i + block]
+
+
+def tensor(axes: str, *pieces: Piece | str, init: str = "normal") -> Any:
+    """A leaf; a bare name is a checkpoint tensor with our axes. (Any: it stands for an array.)"""
+    made = tuple(Piece(p, axes) if isinstance(p, str) else p for p in pieces)
+    return Tensor(axes, made, init)
+
+
+def qkv(config: ModelConfig, at: str) -> Linear:
+    """Query, key and value as one projection, grouped by key-value head: [E, K, J, D]."""
+    parts = (("q_proj", "KGD", slice(0, -2)), ("k_proj", "KD", -2), ("v_proj", "KD", -1))
+    weight = [Piece(f"{at}{n}.weight", f"{rows} E", (ALL, ALL, j)) for n, rows, j in parts]
+    bias = [Piece(f"{at}{n}.bias", rows, (ALL, j)) for n, rows, j in parts]
+    return Linear(
+        weight=tensor("E K J D", *weight),
+        bias=tensor("K J D", *bias, init="zeros") if config.qkv_bias else None,
+    )
+
+
+def linear(axes: str, name: str, bias: bool = False) -> Linear:
+    """One projection [in, out], stored as [out, in]."""
+    rows, columns = axes.split()
+    return Linear(
+        weight=tensor(axes, Piece(f"{name}.weight", f"{columns} {rows}")),
+        bias=tensor(columns, f"{name}.bias", init="zeros") if bias else None,
+    )
+
+
+def gate_up(config: ModelConfig, at: str) -> Linear:
+    """Gate and up as one projection: [E, 2, F]."""
+    names = ("gate_proj", "up_proj")
+    weight = [Piece(f"{at}{n}.weight", "F E", (ALL, i)) for i, n in enumerate(names)]
+    bias = [Piece(f"{at}{n}.bias", "F", (i,)) for i, n in enumerate(names)]
+    return Linear(
+        weight=tensor("E 2 F", *weight),
+        bias=tensor("2 F", *bias, init="zeros") if config.mlp_bias else None,
+    )

@@ -1,0 +1,91 @@
+"""Ragged paged attention: what it means. Every implementation is tested against this file.
+
+A token t of slot b at position p writes its key and value to page table[b, p // S], offset p % S,
+and then attends to the positions j of its own slot with
+
+    p - window < j <= p                      (window 0: 0 <= j <= p)
+    y[t, h] = sum_j softmax_j(cap(scale * q[t, h] . k[j, h // (H / K)])) v[j, h // (H / K)]
+    cap(x) = softcap * tanh(x / softcap)     (softcap 0: cap(x) = x)
+
+    table [R, M]        one layer's cache, k and v alike [P, K, S, D]
+    slot 0: 7 2 .       page 0  trash: padding writes here, nothing depends on it
+    slot 1: 4 . .       page 2  positions S..2S-1 of slot 0, one [S, D] tile per KV head
+                        page 7  positions 0..S-1 of slot 0
+
+Heads lie outside a page's tokens: a gathered page is then the right operand of a matmul as it is.
+All arithmetic is float32, whatever the dtype of the cache. This file gathers each token's whole
+table, so it is for tests and for reading.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from octavo.pallas_kernels.attention.batch import RaggedBatch
+
+MASKED = -1e30  # a logit no softmax sees; finite, so that rows without any key stay finite
+
+
+@flax.struct.dataclass
+class KV:
+    """One layer's pages."""
+
+    k: jax.Array  # [P, K, S, D]
+    v: jax.Array  # [P, K, S, D]
+
+
+def init_kv(
+    pages: int, page_size: int, kv_heads: int, head_size: int, dtype: jax.typing.DTypeLike
+) -> KV:
+    """One layer's empty pages, the trash page included in `pages`."""
+    shape = (pages, kv_heads, page_size, head_size)
+    return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def write(cache: KV, k: jax.Array, v: jax.Array, dest: jax.Array) -> KV:
+    """Store k, v [N, K, D] at dest i32[N] = page * S + offset; in place where the cache is donated.
+
+    Several tokens may share a place in the trash page only.
+    """
+    size = cache.k.shape[2]
+    page, offset = dest >> (size.bit_length() - 1), dest & (size - 1)
+
+    def put(pages: jax.Array, new: jax.Array) -> jax.Array:
+        return pages.at[page, :, offset].set(new.astype(pages.dtype), mode="promise_in_bounds")
+
+    return KV(k=put(cache.k, k), v=put(cache.v, v))
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> tuple[jax.Array, KV]:
+    """Write, then attend. q [N, H, D], k and v [N, K, D] -> [N, H, D] in the dtype of q."""
+    cache = write(cache, k, v, batch.dest)
+    N, H, D = q.shape
+    K = k.shape[1]
+    pages = batch.table[batch.slot]  # [N, M]
+
+    def gather(pool: jax.Array) -> jax.Array:
+        tiles = pool[pages].astype(jnp.float32)  # [N, M, K, S, D]
+        return tiles.swapaxes(1, 2).reshape(N, K, -1, D)
+
+    grouped = q.astype(jnp.float32).reshape(N, K, H // K, D) * scale
+    logits = jnp.einsum("nkgd,nkjd->nkgj", grouped, gather(cache.k))
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    j = jnp.arange(logits.shape[-1])[None]
+    position = batch.position[:, None]
+    seen = j <= position
+    if window:
+        seen &= j > position - window
+    logits = jnp.where(seen[:, None, None], logits, MASKED)
+    y = jnp.einsum("nkgj,nkjd->nkgd", jax.nn.softmax(logits, axis=-1), gather(cache.v))
+    return y.reshape(N, H, D).astype(q.dtype), cache

@@ -1,0 +1,100 @@
+"""The backend records: what they choose, refuse and compute."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from octavo.backends import BackendError, cpu, plain, select
+from octavo.backends.record import doubling
+from octavo.engine.config import EngineConfig
+from octavo.models.ops import LayerSpec, Linear
+
+
+def test_auto_takes_what_jax_found_and_says_so() -> None:
+    assert select("auto").name == select("cpu").name == "cpu"
+    assert "jax found first" in select("auto").reason
+    assert "--device cpu" in select("cpu").reason
+
+
+@pytest.mark.parametrize("device", ["tpu", "neuron", "gpu"])
+def test_a_device_that_is_not_there_is_refused_with_the_next_step(device: str) -> None:
+    with pytest.raises(BackendError, match=f"no .*{device}.*use --device cpu"):
+        select(device)
+
+
+def test_only_a_mesh_of_one_device_is_served() -> None:
+    why_not, config = select("cpu").why_not, EngineConfig()
+    assert why_not(config) is None
+    assert why_not(replace(config, mesh="data=1,model=1")) is None
+    assert "model=8" in str(why_not(replace(config, mesh="data=1,model=8")))
+
+
+def test_buckets_double_and_end_with_the_limit() -> None:
+    assert doubling(1, 1) == (1,)
+    assert doubling(1, 48) == (1, 2, 4, 8, 16, 32, 48)
+    assert select("cpu").token_buckets(512) == (32, 128, 512)
+    assert select("cpu").token_buckets(16) == (16,)
+
+
+def test_the_cache_takes_the_bytes_that_were_predicted() -> None:
+    backend = select("cpu")
+    specs = (LayerSpec(group=0), LayerSpec(group=1, window=8), LayerSpec(group=1, window=8))
+    cache = backend.init_cache(specs, (10, 4), 16, 2, 64, "bfloat16")
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    per_group = [backend.page_bytes(n, 16, 2, 64, "bfloat16") for n in (1, 2)]
+    assert held == 10 * per_group[0] + 4 * per_group[1]
+
+
+@pytest.mark.parametrize("out", [(24,), (2, 3, 4)])
+def test_linear_keeps_the_axes_of_its_output(out: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, w, b = (jnp.asarray(rng.normal(size=s), "float32") for s in ((5, 8), (8, *out), out))
+    got = plain.linear(x, Linear(w, b))
+    assert got.shape == (5, *out)
+    np.testing.assert_allclose(got, jnp.tensordot(x, w, 1) + b, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 60, 7), (0, 0, 0, 0), (0, 0, 0, 100), (1, 1, 1, 1)])
+def test_every_row_meets_its_own_expert(sizes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(100, 8)), "float32")
+    weight = jnp.asarray(rng.normal(size=(4, 8, 6)), "float32")
+    got = jax.jit(plain.grouped_linear)(x, weight, jnp.asarray(sizes, jnp.int32))
+    expert = np.repeat(np.arange(4), sizes)
+    want = jnp.einsum("ni,nio->no", x[: len(expert)], weight[expert])
+    assert np.isfinite(np.asarray(got)).all()
+    np.testing.assert_allclose(got[: len(expert)], want, atol=1e-5)
+
+
+@dataclass
+class Files:
+    """A root folder with the kernel's files, written for the test."""
+
+    root: Path
+
+    def write(self, name: str, text: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    files.write("proc/meminfo", "MemTotal: 2000 kB\nMemFree: 50 kB\nMemAvailable: 1000 kB\n")
+    assert cpu.available_memory(tmp_path) == 1000 * 1024
+    files.write("sys/fs/cgroup/memory.max", "max\n")
+    files.write("sys/fs/cgroup/memory.current", "600000\n")
+    files.write("sys/fs/cgroup/memory.stat", "anon 1\ninactive_file 100000\n")
+    assert cpu.available_memory(tmp_path) == 1000 * 1024
+    files.write("sys/fs/cgroup/memory.max", "700000\n")
+    assert cpu.available_memory(tmp_path) == 200000
+    files.write("sys/fs/cgroup/memory.max", "400000\n")
+    assert cpu.available_memory(tmp_path) == 0
+
+
+def test_memory_of_this_machine_is_positive() -> None:
+    assert cpu.available_memory() > 0
