@@ -1,0 +1,109 @@
+"""From an EngineConfig to the parts of an engine: backend, sizes, weights."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from octavo.backends.record import Backend
+from octavo.backends.select import select
+from octavo.engine.config import EngineConfig
+from octavo.engine.memory import Resolved, resolve
+from octavo.models.checkpoint import Checkpoint, open_checkpoint
+from octavo.models.config import ModelConfig
+from octavo.models.load import load_params, random_params
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass
+class Parts:
+    """What an engine is made of."""
+
+    backend: Backend
+    resolved: Resolved
+    params: Any
+    eos_token_ids: list[int]
+    load_seconds: float
+
+
+def open_model(config: EngineConfig) -> Checkpoint:
+    """The checkpoint that a config names."""
+    return open_checkpoint(
+        config.model,
+        revision=config.revision,
+        offline=config.offline,
+        load_format=config.load_format,
+    )
+
+
+def assemble(config: EngineConfig, progress: Progress | None = None) -> Parts:
+    """Open the checkpoint, decide every size, load the weights."""
+    backend = select(config.device)
+    with open_model(config) as checkpoint:
+        resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
+        began = time.perf_counter()
+        params = _weights(config, checkpoint, resolved, progress)
+        eos = end_tokens(checkpoint.config, checkpoint.generation_config)
+    return Parts(backend, resolved, params, eos, time.perf_counter() - began)
+
+
+def _weights(
+    config: EngineConfig, checkpoint: Checkpoint, resolved: Resolved, progress: Progress | None
+) -> Any:
+    if config.load_format == "dummy":
+        return random_params(resolved.model, config.seed, resolved.dtype)
+    if checkpoint.load_format == "orbax":
+        from octavo.models.sources.orbax import load
+
+        return load(checkpoint.path, resolved.model.abstract_params(resolved.dtype))
+    report = None
+    if progress is not None:
+
+        def report(name: str, done: int, total: int) -> None:
+            progress("weights", done, total)
+
+    return load_params(
+        resolved.model,
+        checkpoint.get,
+        checkpoint.names(),
+        resolved.dtype,
+        put=put,
+        progress=report,
+    )
+
+
+def put(array: np.ndarray) -> jax.Array:
+    """One parameter to its place."""
+    return jax.device_put(array)
+
+
+def end_tokens(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
+    """The model's end-of-sequence tokens: generation_config.json's set, then config.json's."""
+    for source in (generation, config):
+        ids = source.get("eos_token_id")
+        if ids is not None:
+            return [int(i) for i in (ids if isinstance(ids, list) else [ids])]
+    return []
+
+
+def cache_maker(backend: Backend, resolved: Resolved) -> Callable[[], Any]:
+    """A function that makes the empty key-value cache; traceable."""
+    _, heads, head = resolved.model.attention
+    pages = [group.pages for group in resolved.dims.groups]
+
+    def make() -> Any:
+        return backend.init_cache(
+            resolved.model.layer_specs,
+            pages,
+            resolved.dims.page_size,
+            heads,
+            head,
+            jnp.dtype(resolved.kv_dtype),
+        )
+
+    return make

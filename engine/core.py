@@ -1,0 +1,272 @@
+"""EngineCore: the run loop. Dispatch step n + 1, then read step n: the host works while the device does.
+
+    turn:  schedule -> dispatch -> (when `steps_in_flight` steps are out) harvest the oldest
+
+One thread owns an EngineCore. It never tokenizes, never formats, never waits for a client.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from octavo.engine.assemble import Parts, Progress, assemble
+from octavo.engine.config import EngineConfig
+from octavo.engine.device import Device
+from octavo.engine.harvest import Harvest, harvest, retire
+from octavo.engine.host import Host, Launch, Limits
+from octavo.engine.intake import Intake
+from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats
+from octavo.engine.reader import Reader
+from octavo.engine.recovery import Recovery
+from octavo.engine.scheduler import schedule, stop
+from octavo.engine.sequence import Phase, Sequence
+
+STATS_EVERY = 0.25  # seconds between two Stats in the outputs
+DEADLINES_EVERY = 0.1  # seconds between two looks at the requests' time limits
+
+
+class EngineCore:
+    """The engine in this process and thread."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        parts: Parts | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Load, compile, and be ready. `parts` replaces the checkpoint that the config names (benches)."""
+        began = time.perf_counter()
+        self.config = config
+        parts = parts or assemble(config, progress)
+        self.backend, self.resolved = parts.backend, parts.resolved
+        self.eos_token_ids = parts.eos_token_ids
+        self.reader = Reader()
+        self.limits = Limits(
+            dims=self.resolved.dims,
+            row_buckets=self.resolved.row_buckets,
+            token_buckets=self.resolved.token_buckets,
+            depth=config.steps_in_flight,
+            prefix_caching=config.enable_prefix_caching,
+            by_priority=config.scheduling_policy == "priority",
+        )
+        self.host = Host(self.limits)
+        self.intake = Intake(self.resolved, self.eos_token_ids, config.max_num_queued_reqs)
+        self.device = Device(config, parts, self.limits, self.reader, progress)
+        self.recovery = Recovery()
+        self.load_seconds = parts.load_seconds
+        self.startup_seconds = time.perf_counter() - began
+        self._starts: list[Start] = []
+        self._refused: list[Finish] = []
+        self._told = self._looked = 0.0
+        self._host_seconds = 0.0
+
+    # --- requests
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request. One that cannot be served ends with reason "error" in the next outputs."""
+        try:
+            sequences = self.intake.sequences(request, self.host)
+        except ValueError as error:
+            count = request.sampling.n
+            status = getattr(error, "status", 400)
+            self._refused += [
+                Finish(request.handle + i, "error", message=str(error), status=status)
+                for i in range(count)
+            ]
+            return
+        for sequence in sequences:
+            self.host.live[sequence.handle] = sequence
+        self.host.enqueue(sequences[0])
+        if len(sequences) > 1:
+            self.host.children[sequences[0].serial] = sequences[1:]
+
+    def abort(self, handles: Iterable[int]) -> None:
+        """Forget sequences; unknown and finished ones are no error. Nothing more is heard of them."""
+        for handle in handles:
+            sequence = self.host.live.get(handle)
+            if sequence is not None:
+                self._remove(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        host = self.host
+        del host.live[sequence.handle]
+        if sequence.phase is Phase.RUNNING:
+            stop(host, sequence, Phase.STOPPING)
+        elif sequence.phase is Phase.PREEMPTING:
+            sequence.phase = Phase.STOPPING
+            host.muted[sequence.slot] = True
+        elif sequence.phase is Phase.WAITING:
+            sequence.phase = Phase.DONE
+            for held in host.children.values():
+                if sequence in held:
+                    held.remove(sequence)
+                    break
+            else:
+                host.gone += 1
+        if sequence.serial in host.children:  # the others go on without their first
+            for child in host.children.pop(sequence.serial):
+                host.enqueue(child)
+
+    def has_work(self) -> bool:
+        """Whether a turn would do anything."""
+        host = self.host
+        return bool(host.live or host.flights or host.stopping or self._refused)
+
+    # --- the loop
+
+    def turn(self) -> list[Output]:
+        """Dispatch one step if there is one, harvest until fewer than `steps_in_flight` are out."""
+        began, waited = time.perf_counter(), self.reader.counts.waited
+        outputs: list[Output] = []
+        try:
+            self._check_deadlines(began)
+            launch = self._dispatch(outputs)
+            flights = self.host.flights
+            while flights and (len(flights) >= self.limits.depth or launch is None):
+                outputs.append(self._output(self._harvest()))
+                if launch is None:
+                    break
+        except Exception as error:  # the donated state is gone, whatever it was
+            self.recovery.step_failed(self.host, error)
+            self.device.rebuild()
+        if self._refused or self._starts:
+            outputs.append(self._output(Harvest()))
+        self._host_seconds += time.perf_counter() - began - (self.reader.counts.waited - waited)
+        self._tell(outputs)
+        return outputs
+
+    def _dispatch(self, outputs: list[Output]) -> Launch | None:
+        launch = schedule(self.host)
+        if launch is None:
+            assert self.host.flights or not self.host.live, "nothing runs and nothing can start"
+            return None
+        self._note_starts(launch)
+        passed = self.device.begin(launch)
+        if launch.masked:  # every token so far must be known, while the forward pass runs
+            while self.host.flights:
+                outputs.append(self._output(self._harvest()))
+        self.device.finish(launch, passed, self.host)
+        self.host.flights.append(launch.flight)
+        return launch
+
+    def _harvest(self) -> Harvest:
+        flight = self.host.flights[0]
+        rows = self.device.read(flight, behind=len(self.host.flights) - 1)
+        self.host.flights.popleft()
+        out = harvest(self.host, flight, rows)
+        return out
+
+    def _note_starts(self, launch: Launch) -> None:
+        now = time.monotonic()
+        for admission in launch.draft.admissions:
+            sequence = self.host.occupant[admission.slot]
+            if sequence is not None and not sequence.started:
+                sequence.started = True
+                queued = max(0.0, now - sequence.request.arrival)
+                self._starts.append(Start(sequence.handle, admission.length, queued))
+
+    def _check_deadlines(self, now: float) -> None:
+        if now - self._looked < DEADLINES_EVERY:
+            return
+        self._looked = now
+        clock = time.monotonic()
+        late = [s for s in self.host.live.values() if s.deadline and clock > s.deadline]
+        for sequence in late:
+            self._remove(sequence)
+            self._refused.append(
+                Finish(
+                    sequence.handle,
+                    "error",
+                    message=f"the request ran into its own time limit of "
+                    f"{sequence.request.timeout:g} s",
+                    status=408,
+                )
+            )
+
+    def _output(self, got: Harvest) -> Output:
+        out = Output(
+            handles=got.handles.astype(np.uint32).tobytes(),
+            tokens=got.tokens.astype(np.int32).tobytes(),
+            starts=self._starts,
+            finished=got.finished + self._refused,
+            logprobs=got.logprobs,
+        )
+        self._starts, self._refused = [], []
+        return out
+
+    def _tell(self, outputs: list[Output]) -> None:
+        now = time.perf_counter()
+        if outputs and now - self._told >= STATS_EVERY:
+            self._told = now
+            outputs[-1].stats = self.stats()
+
+    # --- facts
+
+    def stats(self) -> Stats:
+        """Where the engine stands."""
+        host, counters = self.host, self.host.counters
+        return Stats(
+            running=host.running,
+            waiting=host.waiting,
+            slots=self.limits.dims.slots,
+            pages=[pool.group.pages - 1 for pool in host.pools],
+            pages_free=[pool.free + len(pool.returns) for pool in host.pools],
+            pages_cached=[pool.index.idle for pool in host.pools],
+            preemptions=counters.preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
+            steps=counters.steps,
+            stalls=self.reader.counts.stalls,
+            compiles_after_ready=self.device.compiles_after_ready,
+            host_seconds=self._host_seconds,
+            in_flight=len(host.flights),
+            restarts=self.recovery.restarts,
+        )
+
+    def ready(self) -> Ready:
+        """What a client must know of this engine."""
+        resolved = self.resolved
+        return Ready(
+            model=self.config.model,
+            max_model_len=resolved.max_model_len,
+            vocab_size=resolved.dims.vocab,
+            eos_token_ids=self.eos_token_ids,
+            max_num_seqs=resolved.dims.slots,
+            max_num_batched_tokens=resolved.token_buckets[-1],
+            summary=self.summary(),
+            startup_seconds=self.startup_seconds,
+        )
+
+    def summary(self) -> list[str]:
+        """The start-up lines."""
+        r, memory = self.resolved, self.resolved.memory
+        return [
+            f"backend  {self.backend.reason}",
+            f"model    {r.model.config.family}, {r.dtype.name}, context {r.max_model_len:,}",
+            f"cache    {memory.tokens:,} tokens in pages of {memory.page_size}, {r.dims.slots} slots",
+            f"steps    rows {list(r.row_buckets)}, prompt tokens {list(r.token_buckets)}, "
+            f"{self.config.steps_in_flight} in flight",
+            f"ready    in {self.startup_seconds:.1f} s (weights {self.load_seconds:.1f} s, "
+            f"programs {self.device.compile_seconds:.1f} s)",
+        ]
+
+    def drain(self) -> list[Output]:
+        """Turn until nothing is left to do."""
+        outputs: list[Any] = []
+        while self.has_work():
+            outputs += self.turn()
+        return outputs
+
+    def close(self) -> None:
+        """Free the device memory. The engine cannot be used after."""
+        for sequence in list(self.host.live.values()):
+            if sequence.slot >= 0 and sequence.phase is Phase.RUNNING:
+                retire(self.host, sequence)
+        self.host.live.clear()
+        self.host.flights.clear()
+        self.device.close()

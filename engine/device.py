@@ -1,0 +1,141 @@
+"""The device side of the run loop: dispatches launches, and holds the state between steps."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from octavo.engine.assemble import Parts, Progress, cache_maker
+from octavo.engine.compiles import WATCH
+from octavo.engine.config import EngineConfig
+from octavo.engine.harvest import Rows
+from octavo.engine.host import Flight, Host, Launch, Limits
+from octavo.engine.masks import Masks
+from octavo.engine.plan import Packer
+from octavo.engine.programs import Programs
+from octavo.engine.reader import Reader
+from octavo.engine.step import Machine
+
+
+class Device:
+    """Params, state and programs. `state` is the newest generation, whatever is in flight."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        parts: Parts,
+        limits: Limits,
+        reader: Reader,
+        progress: Progress | None,
+    ) -> None:
+        self.limits = limits
+        self.reader = reader
+        self.params = parts.params
+        self.fused = parts.backend.fused
+        self.packer = Packer(limits.dims)
+        self.masks = Masks(limits.dims.vocab)
+        use_cache(config.compilation_cache)
+        began = time.perf_counter()
+        machine = Machine(limits.dims, parts.resolved.model, parts.backend)
+        self.programs = Programs(machine, limits, config.max_logprobs, self.fused)
+        self.programs.compile(parts.params, cache_maker(parts.backend, parts.resolved), progress)
+        with WATCH.building():
+            self.state = self.programs.empty()
+            jax.block_until_ready(self.state)
+        self.compile_seconds = time.perf_counter() - began
+        self._compiled = WATCH.unexpected
+
+    @property
+    def compiles_after_ready(self) -> int:
+        """Programs that were compiled while somebody waited for an answer."""
+        return WATCH.unexpected - self._compiled
+
+    def begin(self, launch: Launch) -> Any:
+        """Edit the state and dispatch the forward pass (or the whole step, where fused)."""
+        vector = None
+        if launch.tokens or launch.draft.edits():
+            vector = jax.device_put(self.packer.pack(launch.draft)[None])
+        if launch.draft.edits():
+            self.state = self.programs.edit(self.state, vector)
+        if not launch.rows:
+            return None
+        key = (launch.rows, launch.tokens)
+        arguments = (vector,) if launch.tokens else ()
+        if self.fused and not launch.rich and not launch.scored:
+            self.state, packed, taken = self.programs.step[key](
+                self.params, self.state, *arguments
+            )
+            launch.flight.result = (packed, taken)
+            return None
+        self.state, passed, taken = self.programs.forward[key](self.params, self.state, *arguments)
+        launch.flight.result = (taken,)
+        return passed
+
+    def finish(self, launch: Launch, passed: Any, host: Host) -> None:
+        """Dispatch sampling, and start the copies to the host."""
+        flight = launch.flight
+        if passed is not None:
+            if launch.scored:
+                targets = jax.device_put(self._targets(host, flight)[None])
+                score = self.programs.score[launch.tokens]
+                flight.scores = score(self.params, passed.chunk_hidden, targets)
+            passed = passed.replace(chunk_hidden=None)
+            if launch.rich:
+                mask = jax.device_put(self.masks.build(host, flight)[None])
+                rich = self.programs.rich[launch.rows]
+                self.state, packed, flight.rich = rich(self.params, self.state, passed, mask)
+            else:
+                sample = self.programs.sample[launch.rows]
+                self.state, packed = sample(self.params, self.state, passed)
+            flight.result = (packed, *flight.result)
+        self.reader.expect((flight.result, flight.rich, flight.scores))
+
+    def _targets(self, host: Host, flight: Flight) -> np.ndarray:
+        """i32[T] the token that follows each chunk token."""
+        targets = np.zeros(flight.tokens, np.int32)
+        at = 0
+        for sequence, start, count, _ in flight.chunks:
+            following = host.tokens[sequence.slot, start + 1 : start + 1 + count]
+            targets[at : at + len(following)] = following
+            at += count
+        return targets
+
+    def read(self, flight: Flight, *, behind: int) -> Rows | None:
+        """A flight's results, on the host; None where it only edited."""
+        if flight.result is None:
+            return None
+        arrays = (flight.result, flight.rich, flight.scores)
+        (packed, taken), rich, scores = self.reader.read(arrays, behind=behind)
+        return Rows(
+            packed[0],
+            taken[0],
+            tuple(a[0] for a in rich) if rich else (),
+            tuple(a[0] for a in scores) if scores else (),
+        )
+
+    def rebuild(self) -> None:
+        """An empty state in place of one that a failed step took with it."""
+        self.state = None
+        self.state = self.programs.empty()
+
+    def close(self) -> None:
+        """Free the device memory now, not when the collector comes around."""
+        for leaf in jax.tree.leaves((self.state, self.params)):
+            if not leaf.is_deleted():
+                leaf.delete()
+        self.state = self.params = None
+        self.programs = None  # type: ignore[assignment]
+
+
+def use_cache(folder: str) -> None:
+    """Keep compiled programs in `folder` between runs."""
+    if folder == "none" or jax.config.jax_compilation_cache_dir:
+        return
+    if folder == "auto":
+        from pathlib import Path
+
+        folder = str(Path.home() / ".cache" / "octavo" / "programs")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,95 @@
+"""Intake: checks what arrives against the engine's limits and makes sequences of it. No clock but the request's."""
+
+import numpy as np
+
+from octavo.engine.host import Host
+from octavo.engine.memory import Resolved
+from octavo.engine.messages import AddRequest
+from octavo.engine.sequence import Sequence
+from octavo.pallas_kernels.sampling import pack_controls
+
+
+class Refused(ValueError):
+    """A request that cannot be served: why, and what to do; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Intake:
+    """Turns requests into sequences."""
+
+    def __init__(self, resolved: Resolved, eos_token_ids: list[int], max_queued: int) -> None:
+        self.resolved = resolved
+        self.eos_token_ids = eos_token_ids
+        self.max_queued = max_queued
+
+    def sequences(self, request: AddRequest, host: Host) -> list[Sequence]:
+        """The request's `n` sequences. Raises Refused in one sentence."""
+        sampling, longest = request.sampling, self.resolved.max_model_len
+        tokens = np.frombuffer(request.prompt, np.int32)
+        if not len(tokens):
+            raise Refused("the prompt is empty; send at least one token")
+        if len(tokens) >= longest:
+            raise Refused(
+                f"the prompt has {len(tokens):,} tokens and the context is {longest:,}: shorten it by "
+                f"{len(tokens) - longest + 1:,}, or start with a larger --max-model-len"
+            )
+        vocab = self.resolved.dims.vocab
+        if tokens.min() < 0 or tokens.max() >= vocab:
+            bad = int(tokens.min() if tokens.min() < 0 else tokens.max())
+            raise Refused(f"token id {bad} is outside the vocabulary of {vocab:,}")
+        if host.waiting + sampling.n > self.max_queued:
+            raise Refused(
+                f"{host.waiting:,} requests wait already (max_num_queued_reqs is "
+                f"{self.max_queued:,}); try again later",
+                status=503,
+            )
+        self._check_ids(request, vocab)
+        limit = longest
+        if sampling.max_tokens is not None:
+            limit = min(longest, len(tokens) + sampling.max_tokens)
+        return self._make(request, host, tokens, limit)
+
+    def _make(
+        self, request: AddRequest, host: Host, tokens: np.ndarray, limit: int
+    ) -> list[Sequence]:
+        sampling = request.sampling
+        stops = list(dict.fromkeys(sampling.stop_token_ids))
+        if not sampling.ignore_eos:
+            stops = list(dict.fromkeys([*self.eos_token_ids, *stops]))
+        controls = pack_controls(sampling)
+        out: list[Sequence] = []
+        for choice in range(sampling.n):
+            host.serials += 1
+            out.append(
+                Sequence(
+                    handle=request.handle + choice,
+                    request=request,
+                    choice=choice,
+                    serial=host.serials,
+                    tokens=tokens,
+                    prompt_len=len(tokens),
+                    limit=limit,
+                    stop_ids=stops,
+                    controls=controls,
+                    kv_dtype=self.resolved.kv_dtype.name,
+                    parent=out[0] if out else None,
+                    deadline=request.arrival + request.timeout if request.timeout else 0.0,
+                )
+            )
+        return out
+
+    def _check_ids(self, request: AddRequest, vocab: int) -> None:
+        sampling = request.sampling
+        ids = {
+            "allowed_token_ids": sampling.allowed_token_ids or (),
+            "logit_bias": sampling.logit_bias or (),
+            "stop_token_ids": sampling.stop_token_ids,
+            "bad_words": [i for word in request.bad_words for i in word],
+        }
+        for name, given in ids.items():
+            for token in given:
+                if not 0 <= token < vocab:
+                    raise Refused(f"`{name}` names token {token}, outside the vocabulary of {vocab:,}")

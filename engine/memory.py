@@ -1,0 +1,259 @@
+"""What fits, said before anything is allocated: weights, pages, workspace, sequences.
+
+`resolve` turns a user's EngineConfig and a model's facts into the static sizes of the engine, or
+refuses with the numbers and the settings that would make it fit.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from octavo.backends.record import Backend
+from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.plan import plan_size
+from octavo.engine.state import BIAS, Dims, PageGroup
+from octavo.models.config import ModelConfig
+from octavo.models.load import param_bytes
+from octavo.models.registry import Model, build
+from octavo.pallas_kernels.sampling import CONTROLS
+
+GiB = 1 << 30
+MiB = 1 << 20
+# Pages a window's sequence may hold beyond its window before a plan takes them back; scheduler.py.
+WINDOW_SLACK = 5
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose on one device, and what they buy."""
+
+    device: str
+    limit: int  # what the device has for us
+    usable: int  # the share the user allows
+    weights: int
+    cache: int
+    state: int  # tables, histories, counts and plans
+    workspace: int  # the largest program's temporary memory, estimated
+    pages: tuple[int, ...]  # per group, the trash page included
+    page_bytes: tuple[int, ...]  # per group
+    page_size: int
+    max_model_len: int
+    max_num_seqs: int
+
+    @property
+    def total(self) -> int:
+        """All that the engine takes."""
+        return self.weights + self.cache + self.state + self.workspace
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the key-value cache holds (of the group that sees everything)."""
+        return (self.pages[0] - 1) * self.page_size
+
+    def lines(self) -> list[str]:
+        """A table for people."""
+        whole = min(self.max_num_seqs, self.tokens // max(1, self.max_model_len))
+        each = min(self.max_model_len, self.tokens // self.max_num_seqs)
+        return [
+            f"device     {size(self.limit):>10}   {self.device}, {size(self.usable)} of it usable",
+            f"weights    {size(self.weights):>10}",
+            f"cache      {size(self.cache):>10}   {self.tokens:,} tokens in pages of {self.page_size}",
+            f"state      {size(self.state):>10}   {self.max_num_seqs} slots",
+            f"workspace  {size(self.workspace):>10}",
+            f"total      {size(self.total):>10}",
+            f"fits {whole} sequences of {self.max_model_len:,} tokens, "
+            f"or {self.max_num_seqs} of {each:,}",
+        ]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """All that was derived from the user's settings; logged, never asked for."""
+
+    config: EngineConfig
+    model: Model
+    dims: Dims
+    dtype: Any
+    kv_dtype: Any
+    row_buckets: tuple[int, ...]
+    token_buckets: tuple[int, ...]
+    max_model_len: int
+    memory: MemoryPlan
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit, scale in (("GiB", GiB), ("MiB", MiB), ("KiB", 1024)):
+        if abs(count) >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{int(count)} B"
+
+
+def resolve(
+    config: EngineConfig, backend: Backend, facts: ModelConfig, model: Model | None = None
+) -> Resolved:
+    """Decide every size. `model` replaces the one that `facts` would build (benches)."""
+    if why := backend.why_not(config):
+        raise ConfigError(why)
+    dtype = jnp.dtype(backend.dtype if config.dtype == "auto" else config.dtype)
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
+    seqs = config.max_num_seqs or backend.max_num_seqs
+    page = config.page_size or backend.page_size
+    longest = _longest(config, facts)
+    budget = config.max_num_batched_tokens or backend.max_num_batched_tokens
+    budget = min(budget, 1 << (longest - 1).bit_length())
+    limit = backend.memory_limit()
+    while True:
+        built = model or build(facts, longest)
+        weights = param_bytes(built, dtype)
+        dims = _dims(config, built, seqs, page, longest, budget)
+        spent = weights + _state_bytes(dims) + _workspace_bytes(built, dims, dtype)
+        usable = int(limit * config.memory_utilization)
+        page_bytes = _page_bytes(backend, built, dims, kv_dtype)
+        dims, shorter = _pages(config, backend, dims, page_bytes, usable - spent)
+        if shorter == longest:
+            break
+        if config.max_model_len != "auto" or shorter < 2 * page:
+            raise ConfigError(_too_big(backend, limit, usable, weights, spent, page_bytes, dims))
+        longest = shorter
+    memory = MemoryPlan(
+        device=backend.name,
+        limit=limit,
+        usable=usable,
+        weights=weights,
+        cache=sum(g.pages * b for g, b in zip(dims.groups, page_bytes, strict=True)),
+        state=_state_bytes(dims),
+        workspace=_workspace_bytes(built, dims, dtype),
+        pages=tuple(g.pages for g in dims.groups),
+        page_bytes=page_bytes,
+        page_size=page,
+        max_model_len=longest,
+        max_num_seqs=seqs,
+    )
+    return Resolved(
+        config=config,
+        model=built,
+        dims=dims,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        row_buckets=backend.row_buckets(seqs),
+        token_buckets=backend.token_buckets(budget),
+        max_model_len=longest,
+        memory=memory,
+    )
+
+
+def _longest(config: EngineConfig, facts: ModelConfig) -> int:
+    """The longest sequence before memory is asked."""
+    if config.max_model_len == "auto":
+        return facts.max_len
+    asked = int(config.max_model_len)
+    if asked > facts.max_len:
+        raise ConfigError(
+            f"`max_model_len` is {asked:,}, but the model was trained for {facts.max_len:,} tokens; "
+            f"use --max-model-len {facts.max_len}"
+        )
+    return asked
+
+
+def _dims(
+    config: EngineConfig, model: Model, seqs: int, page: int, longest: int, budget: int
+) -> Dims:
+    windows: dict[int, int] = {}
+    for spec in model.layer_specs:
+        windows[spec.group] = spec.window
+    return Dims(
+        slots=seqs,
+        page_size=page,
+        max_len=longest,
+        vocab=model.config.V,
+        groups=tuple(PageGroup(windows[g], 0) for g in sorted(windows)),
+        controls=CONTROLS,
+        max_chunk=budget,
+    )
+
+
+def _page_bytes(backend: Backend, model: Model, dims: Dims, dtype: Any) -> tuple[int, ...]:
+    """Bytes of one page in all layers of each group."""
+    _, heads, head = model.attention
+    layers = [0] * len(dims.groups)
+    for spec in model.layer_specs:
+        layers[spec.group] += 1
+    return tuple(backend.page_bytes(n, dims.page_size, heads, head, dtype) for n in layers)
+
+
+def _pages(
+    config: EngineConfig, backend: Backend, dims: Dims, page_bytes: tuple[int, ...], left: int
+) -> tuple[Dims, int]:
+    """Pages per group within `left` bytes, and the longest sequence that they then allow."""
+    per_slot = dims.pages_per_slot
+    most = dims.slots * per_slot + 1
+    left = min(left, backend.cache_bytes or left)
+    wanted, fixed = [], 0
+    for group, cost in zip(dims.groups, page_bytes, strict=True):
+        want = most
+        if group.window:
+            span = -(-group.window // dims.page_size) + WINDOW_SLACK
+            ahead = (config.steps_in_flight + 1) * -(-dims.max_chunk // dims.page_size)
+            want = min(most, dims.slots * span + ahead + 1)
+            if config.num_pages:
+                want = min(want, config.num_pages)
+            fixed += want * cost
+        wanted.append(want)
+    open_cost = sum(c for g, c in zip(dims.groups, page_bytes, strict=True) if not g.window)
+    if open_cost:
+        fits = max(0, left - fixed) // open_cost
+        fits = config.num_pages if config.num_pages else fits
+        wanted = [w if g.window else min(w, fits) for w, g in zip(wanted, dims.groups, strict=True)]
+        enough = min(w for w, g in zip(wanted, dims.groups, strict=True) if not g.window)
+        if config.num_pages and open_cost * enough + fixed > left:
+            return dims, 0
+    else:
+        enough = most if fixed <= left else 0
+    groups = tuple(PageGroup(g.window, w) for g, w in zip(dims.groups, wanted, strict=True))
+    longest = min(dims.max_len, (enough - 1) * dims.page_size)
+    return (
+        Dims(**{**dims.__dict__, "groups": groups}),
+        longest if longest < dims.max_len else dims.max_len,
+    )
+
+
+def _state_bytes(dims: Dims) -> int:
+    """Everything in the state but the cache, and two plans in flight."""
+    rows = dims.slots + 1
+    tables = dims.slots * dims.pages_per_slot * len(dims.groups)
+    history = rows * dims.max_len
+    bias = rows * BIAS * 2
+    return 4 * (tables + history + bias + 4 * plan_size(dims)) + 2 * dims.slots * dims.vocab
+
+
+def _workspace_bytes(model: Model, dims: Dims, dtype: Any) -> int:
+    """An upper estimate of a step's temporary memory; the compiled programs are asked once they exist."""
+    heads, kv_heads, head = model.attention
+    tokens = dims.slots + dims.max_chunk
+    width = max(model.config.F * 2, (heads + 2 * kv_heads) * head, model.config.E * 4)
+    logits = dims.slots * model.config.V * 4 * 4
+    return tokens * width * 4 * 4 + logits + 64 * MiB
+
+
+def _too_big(
+    backend: Backend,
+    limit: int,
+    usable: int,
+    weights: int,
+    spent: int,
+    page_bytes: tuple[int, ...],
+    dims: Dims,
+) -> str:
+    left = usable - spent
+    least = sum(page_bytes) * (dims.pages_per_slot + 1)
+    hint = "use a smaller --max-model-len, fewer --max-num-seqs, or --dtype bfloat16"
+    if usable < weights:
+        hint = "use a smaller model, --dtype bfloat16, or a device with more memory"
+    return (
+        f"the model does not fit: {size(weights)} of weights and {size(spent - weights)} of workspace "
+        f"leave {size(max(0, left))} of the {size(usable)} usable ({size(limit)} on {backend.name}), "
+        f"and one sequence of {dims.max_len:,} tokens needs {size(math.ceil(least))} of cache; {hint}"
+    )
