@@ -71,7 +71,7 @@ def fill(
 
 
 def _copy(out: np.ndarray, source: np.ndarray, block: int = 64) -> None:
-    """out[...] = source. In blocks of the leading axis, so that a transposed read stays in cache."""
+    """out[...] = source. In blocks of the leading axis: a transposed read stays in the cache."""
     if source.ndim < 2 or source.flags.c_contiguous:
         out[...] = source
         return
