@@ -1,4 +1,4 @@
-"""Gemma 3, the text model: most layers see a window and turn by their own theta, one in six sees all.
+"""Gemma 3, the text model: most layers see a window and turn by their own theta, the rest see all.
 
     tokens i32[N] -> embed * sqrt(E)
         -> L x ( norm -> attention -> norm -> + -> norm -> mlp -> norm -> + ) -> norm -> [N, E]
