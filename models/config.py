@@ -301,14 +301,8 @@ def _rope(raw: Mapping[str, Any], given: Mapping[str, Any], max_len: int) -> Rop
     if kind == "longrope" and not (given.get("short_factor") and given.get("long_factor")):
         raise ModelConfigError("rope scaling 'longrope' needs short_factor and long_factor")
     ratio = max_len / original if kind in ("longrope", "yarn") else 1.0
-    plain: tuple[str, ...] = (
-        "low_freq_factor",
-        "high_freq_factor",
-        "beta_fast",
-        "beta_slow",
-        "truncate",
-    )
-    plain += ("mscale", "mscale_all_dim", "attention_factor")
+    plain = ["low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate"]
+    plain += ["mscale", "mscale_all_dim", "attention_factor"]
     return RopeConfig(
         kind=kind,
         theta=float(given.get("rope_theta", raw.get("rope_theta", 10_000.0))),

@@ -43,6 +43,13 @@ class Mlp:
     down: Linear  # [F, E]
 
 
+@flax.struct.dataclass
+class Experts:
+    router: Linear  # [E, X]
+    gate_up: jax.Array  # [X, E, 2, f]
+    down: jax.Array  # [X, f, E]
+
+
 @dataclass(frozen=True, eq=False)
 class Fixed:
     """What `build` fixed: everything of a forward pass that is neither weight nor input."""
@@ -102,6 +109,27 @@ def gated_mlp(config: ModelConfig, w: Mlp, x: jax.Array, ops: Ops) -> jax.Array:
     return ops.linear(ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1], w.down)
 
 
+def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
+    """x [N, E] -> [N, E]: each token through its `top_k` experts, mixed by the router's weights.
+
+    The N * top_k pairs of token and expert are sorted by expert, so that each expert meets its
+    tokens as one matrix.
+    """
+    N, k = x.shape[0], config.top_k
+    chances = jax.nn.softmax(ops.linear(x, w.router).astype(jnp.float32), axis=-1)  # [N, X]
+    share, expert = jax.lax.top_k(chances, k)  # [N, k]
+    if config.norm_top_k:
+        share = share / jnp.sum(share, axis=-1, keepdims=True)
+    order = jnp.argsort(expert.reshape(-1))  # stable: sorted pair -> pair
+    sizes = jnp.sum(expert.reshape(-1, 1) == jnp.arange(config.X), axis=0, dtype=jnp.int32)
+    f = config.expert_F
+    both = ops.grouped_linear(x[order // k], w.gate_up.reshape(config.X, -1, 2 * f), sizes)
+    inner = ACTIVATIONS[config.activation](both[:, :f]) * both[:, f:]
+    y = ops.grouped_linear(inner, w.down, sizes)  # [N * k, E], by expert
+    y = y[jnp.argsort(order)].reshape(N, k, -1).astype(jnp.float32)  # by token
+    return jnp.sum(y * share[:, :, None], axis=1).astype(x.dtype)
+
+
 def logits(config: ModelConfig, params: Decoder, hidden: jax.Array, ops: Ops) -> jax.Array:
     """hidden [R, E] -> f32[R, V], accumulated in float32."""
     del ops  # the head is no Linear: it is the embedding, or lies as the embedding does
@@ -129,13 +157,29 @@ def mlp_tensors(config: ModelConfig, at: str) -> Mlp:
     return Mlp(gate_up=tensors.gate_up(config, f"{at}mlp."), down=down)
 
 
+def expert_tensors(config: ModelConfig, at: str, names: tuple[str, str, str]) -> Experts:
+    """`names` are those of gate, up and down inside one expert."""
+
+    def pieces(name: str, axes: str, *rest: tensors.Index) -> list[tensors.Piece]:
+        into = rest[0] if rest else ()
+        every = range(config.X)
+        return [tensors.Piece(f"{at}experts.{x}.{name}.weight", axes, (x, *into)) for x in every]
+
+    both = [(names[0], (tensors.ALL, 0)), (names[1], (tensors.ALL, 1))]
+    return Experts(
+        router=tensors.linear("E X", f"{at}gate"),
+        gate_up=tensors.tensor("X E 2 f", *(p for n, j in both for p in pieces(n, "f E", j))),
+        down=tensors.tensor("X f E", *pieces(names[2], "E f")),
+    )
+
+
 def decoder_tensors(
-    config: ModelConfig, layer: Callable[[ModelConfig, int, str], Any], norm: str = "ones"
+    config: ModelConfig, layer: Callable[[int, str], Any], norm: str = "ones"
 ) -> Decoder:
-    """The tree of Tensors, given the one of a layer."""
+    """The tree of Tensors, given `layer(i, prefix of its names)`."""
     return Decoder(
         embed=tensors.tensor("V E", "model.embed_tokens.weight"),
-        layers=tuple(layer(config, i, f"model.layers.{i}.") for i in range(config.L)),
+        layers=tuple(layer(i, f"model.layers.{i}.") for i in range(config.L)),
         norm=tensors.tensor("E", "model.norm.weight", init=norm),
         head=None if config.tied else tensors.tensor("V E", "lm_head.weight"),
     )

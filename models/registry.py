@@ -1,7 +1,7 @@
 """`build`: from a ModelConfig to the pure functions of its family.
 
-A new family is one file with `tensors(config)` and `forward(fixed, params, ...)`, a row in FAMILIES,
-and its names in config.FAMILY_OF.
+A new family is one file with `tensors(config)` and `forward(fixed, params, ...)`, a row in
+FAMILIES, and its names in config.FAMILY_OF.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from octavo.models import layers, llama
+from octavo.models import gemma3, layers, llama, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from octavo.models.config import ModelConfig
 from octavo.models.layers import Decoder, Fixed
 from octavo.models.ops import LayerSpec
@@ -27,6 +27,12 @@ class Family:
 
 FAMILIES = {
     "llama": Family(llama.tensors, llama.forward),
+    "qwen2": Family(qwen2.tensors, qwen2.forward),
+    "qwen3": Family(qwen3.tensors, qwen3.forward),
+    "gemma3": Family(gemma3.tensors, gemma3.forward),
+    "phi3": Family(phi3.tensors, phi3.forward),
+    "mixtral": Family(mixtral.tensors, mixtral.forward),
+    "qwen3_moe": Family(qwen3_moe.tensors, qwen3_moe.forward),
 }
 
 

