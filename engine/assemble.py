@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ def open_model(config: EngineConfig) -> Checkpoint:
 def assemble(config: EngineConfig, progress: Progress | None = None) -> Parts:
     """Open the checkpoint, decide every size, load the weights."""
     backend = select(config.device)
-    with open_model(config) as checkpoint:
+    with closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
         began = time.perf_counter()
         params = _weights(config, checkpoint, resolved, progress)
@@ -57,7 +58,7 @@ def _weights(
 ) -> Any:
     if config.load_format == "dummy":
         return random_params(resolved.model, config.seed, resolved.dtype)
-    if checkpoint.load_format == "orbax":
+    if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
         return load(checkpoint.path, resolved.model.abstract_params(resolved.dtype))
