@@ -10,6 +10,7 @@ import pytest
 
 from octavo.models.config import ModelConfig
 from octavo.models.load import LoadError, load_params, param_bytes, random_params
+from octavo.models.plain_ops import empty_cache, plain_ops
 from octavo.models.registry import Model, build
 from tests.models.check import Sequence, prompt, torch_logits
 from tests.models.tiny import FAMILIES, tiny_model
@@ -103,25 +104,22 @@ def test_random_weights_have_the_abstract_shapes_and_finite_logits(family: str) 
 
 
 def _forward(model: Model, params: Any) -> Any:
-    from octavo.models.plain_ops import empty_cache, plain_ops
-
     positions = jnp.arange(8)
     cache = empty_cache(model, 8, jnp.bfloat16)
     return model.forward(params, positions, positions, cache, plain_ops(positions))
 
 
 def test_bfloat16_stays_close_to_float32() -> None:
-    # Eight bits of mantissa over two layers: a few percent of the logits' spread.
+    # Some twenty roundings of 2**-9 relative error each, added as if independent: about 1 %.
     _, model, tensors = setup()
     wide = load_params(model, tensors.__getitem__, tensors, np.float32)
     narrow = load_params(model, tensors.__getitem__, tensors, ml_dtypes.bfloat16)
     want = Sequence(model, wide)(prompt(9))
     positions = jnp.arange(9)
-    from octavo.models.plain_ops import empty_cache, plain_ops
-
     cache, ops = empty_cache(model, 9, jnp.bfloat16), plain_ops(positions)
     hidden, _ = model.forward(narrow, jnp.asarray(prompt(9)), positions, cache, ops)
     assert hidden.dtype == jnp.bfloat16
     logits = model.logits(narrow, hidden, ops)
     assert logits.dtype == jnp.float32
-    assert np.abs(np.asarray(logits) - want).max() < 0.1 * want.std()
+    error = float(np.sqrt(np.mean((np.asarray(logits) - want) ** 2)))
+    assert error < 0.04 * want.std()
