@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
             "pip install llama-cpp-python (compiles, about 15 minutes on 2 cores)",
         ) from None
     llm = octavo.LLM(**asdict(config))
-    peer = LlamaCpp(bindings, str(import_module("octavo.models.builtin").path(MODEL)))
+    peer = LlamaCpp(
+        bindings, str(import_module("octavo.models.sources.builtin").builtin_file(MODEL))
+    )
     runners: dict[str, Runner] = {"octavo": octavo_runner(llm), "llama.cpp": peer.seconds}
     rates: dict[tuple[str, str], list[float]] = {}
     for number in range(args.rounds + 1):

@@ -174,10 +174,12 @@ def check_caches() -> Iterator[Line]:
 
 def check_models() -> Iterator[Line]:
     """The built-in models, with their checksums."""
-    builtin = import_module("octavo.models.builtin")
-    for name in builtin.NAMES:
-        problem = builtin.why_not(name)
-        yield Line("warn" if problem else "ok", name, problem or "present, checksum as expected")
+    builtin = import_module("octavo.models.sources.builtin")
+    for name in builtin.MODELS:
+        try:
+            yield Line("ok", name, f"{builtin.builtin_file(name)}, SHA-256 as expected")
+        except ValueError as error:
+            yield Line("warn", name, str(error))
 
 
 CHECKS = (

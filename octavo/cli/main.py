@@ -14,6 +14,7 @@ import octavo
 COMMANDS = ("serve", "chat", "generate", "run_batch", "plan", "doctor", "bench")
 
 DEBUG_HELP = "show the traceback of an error"
+EXIT_FAILURE = 1
 EXIT_USAGE = 2  # what argparse itself exits with
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
@@ -32,8 +33,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors read like all others, and do not repeat every flag."""
 
     def __init__(self, **options: Any) -> None:
-        options = {"formatter_class": _formatter, "allow_abbrev": False} | options
-        super().__init__(**options)
+        defaults: dict[str, Any] = {"formatter_class": _formatter, "allow_abbrev": False}
+        super().__init__(**(defaults | options))
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and exit as argparse does."""
@@ -78,16 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if args.debug or not hasattr(error, "hint"):
+        # An exception that Octavo defines was written for the user; any other is our bug.
+        ours = type(error).__module__.startswith("octavo.")
+        if args.debug or not ours:
             traceback.print_exc()
         else:
             print_error(error)
-        return EXIT_USAGE if hasattr(error, "hint") else 1
+        return EXIT_USAGE if ours and isinstance(error, ValueError) else EXIT_FAILURE
 
 
-def print_error(error: Any) -> None:
+def print_error(error: Exception) -> None:
     """`error: ...` and, where there is one, `hint: ...`: the only place that prints them."""
-    message = getattr(error, "message", "") or str(error)
+    message, hint = getattr(error, "message", "") or str(error), getattr(error, "hint", "")
     print(f"error: {message}", file=sys.stderr)
-    if error.hint and error.hint not in message:
-        print(f"hint: {error.hint}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)

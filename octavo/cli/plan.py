@@ -7,11 +7,10 @@ from importlib import import_module
 from typing import Any
 
 from octavo.cli.options import add_config_flags, config_from_args
-from octavo.cli.table import print_table, size
 
 DESCRIPTION = """\
-Say what fits: weights, key-value pages, workspace, and how many sequences of which length.
-Nothing is loaded and nothing is allocated.
+Say what fits: weights, key-value cache, state, workspace, and how many sequences of which length.
+Nothing is loaded and nothing is allocated. A model that does not fit is refused with the numbers.
 
 examples:
   octavo plan --model smollm2-135m
@@ -30,27 +29,6 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the memory plan of a config."""
-    config = config_from_args(args)
-    plan = import_module("octavo.engine.memory").plan_memory(config)
-    if args.json:
-        print(json.dumps(asdict(plan), default=str))
-        return 0
-    print(f"{config.model}")
-    print_table(
-        ("what", "value"), [(label(name), shown(name, v)) for name, v in asdict(plan).items()]
-    )
+    plan = import_module("octavo.engine.memory").plan_memory(config_from_args(args))
+    print(json.dumps(asdict(plan)) if args.json else "\n".join(plan.lines()))
     return 0
-
-
-def label(name: str) -> str:
-    """`weight_bytes` as people read it: weight."""
-    return name.removesuffix("_bytes").replace("_", " ")
-
-
-def shown(name: str, value: Any) -> str:
-    """A byte count with its unit, a list by commas, everything else as it is."""
-    if name.endswith("_bytes") and isinstance(value, int):
-        return size(value)
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value)
-    return f"{value:,}" if isinstance(value, int) else str(value)
