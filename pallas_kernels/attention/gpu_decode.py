@@ -1,4 +1,4 @@
-"""Paged decode attention for NVIDIA GPUs (Pallas, Triton lowering): one new token a row, written and attended.
+"""Paged decode attention for NVIDIA GPUs (Pallas, Triton lowering): write one token a row, attend.
 
     y[r, h] = sum_t softmax_t(scale * q[r, h] . k[t, h // G]) v[t, h // G]      t < row_start[r] + 1
 
@@ -40,7 +40,7 @@ MERGED = 16  # parts that one merge iteration reads
 class DecodePlan:
     """How a batch's rows are cut into parts. Depends on lengths alone: the same for every layer."""
 
-    parts: jax.Array  # i32[W, 4] row (R: unused), first token, end token, kind (1 last, 2 only: bits)
+    parts: jax.Array  # i32[W, 4] row (R: unused), first and end token, bits (1 last, 2 only)
     rows: jax.Array  # i32[R, 2] the row's first part, its number of parts (0: idle)
 
 
@@ -74,7 +74,7 @@ def why_not_decode(q: jax.Array, k_pages: jax.Array, batch: RaggedBatch) -> str 
     """The reason this kernel refuses these arguments, or None if it takes them."""
     P, K, S, D = k_pages.shape
     if batch.tokens_per_row != 1:
-        return f"a decode row has {batch.tokens_per_row} tokens; only 1 is written and attended at once"
+        return f"a decode row has {batch.tokens_per_row} tokens; this kernel takes 1"
     if D & (D - 1) or not 32 <= D <= 256:
         return f"D={D} is not a power of two between 32 and 256"
     if q.shape[1] % K:
@@ -96,14 +96,14 @@ def log2(n: int) -> int:
 
 
 def dot(a, b, contract: tuple[int, int]):
-    """a . b over one axis each, accumulated in float32; float32 operands are not rounded to tf32."""
+    """a . b over one axis each, accumulated in float32; float32 operands stay float32."""
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
 def cap(x, softcap: float):
-    """softcap * tanh(x / softcap) for logits in units of log 2; by exp2, which is one instruction."""
+    """softcap * tanh(x / softcap), for logits in units of log 2; exp2 is one instruction."""
     if not softcap:
         return x
     limit = softcap * LOG2E
@@ -111,11 +111,12 @@ def cap(x, softcap: float):
 
 
 def _kernel(parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, k_pages, v_pages,
-            y_ref, k_out, v_out, acc_ref, max_ref, sum_ref, *, G, S, tile, scale, softcap, prefetch):  # fmt: skip
+            y_ref, k_out, v_out, acc_ref, max_ref, sum_ref, *,
+            G, S, tile, scale, softcap, prefetch):  # fmt: skip
     head, part, K = pl.program_id(0), pl.program_id(1), k_ref.shape[1]
     row = parts_ref[part, 0]
 
-    @pl.when(row < y_ref.shape[0])
+    @pl.when(row < table_ref.shape[0])
     def _():
         low, high, kind = parts_ref[part, 1], parts_ref[part, 2], parts_ref[part, 3]
         heads = head * G + jnp.minimum(jnp.arange(ROWS), G - 1)  # padding repeats the last head
@@ -146,7 +147,9 @@ def _kernel(parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, k_pages, v_page
             ahead = fetch(i + 1)
             return (*attend(i, carry[:3], *carry[3:]), *ahead)
 
-        new = _new_token(kind & 1, row, head, q, dest_ref, k_ref, v_ref, k_out, v_out, S, scale, softcap)
+        new = _new_token(
+            kind & 1, row, head, q, dest_ref, k_ref, v_ref, k_out, v_out, S, scale, softcap
+        )
         turns = pl.cdiv(high - low, tile)
         if prefetch:
             acc, top, total, *_ = lax.fori_loop(0, turns, step_ahead, (*new, *fetch(0)))
@@ -164,8 +167,9 @@ def _kernel(parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, k_pages, v_page
             sum_ref[part, heads] = total
 
 
-def _new_token(last, row, head, q, dest_ref, k_ref, v_ref, k_out, v_out, S, scale, softcap):
-    """Store the row's new key and value, and begin the softmax with them, if this part is the last."""
+def _new_token(last, row, head, q, refs, S, scale, softcap):
+    """Store the row's new key and value, and begin the softmax with them, if this part is last."""
+    dest_ref, k_ref, v_ref, k_out, v_out = refs
     k, v = k_ref[row, head], v_ref[row, head]  # [D] each
     D, K = k.shape[0], k_ref.shape[1]
     where = ((dest_ref[row] >> log2(S)) * K + head) * S + (dest_ref[row] & (S - 1))
@@ -222,12 +226,13 @@ def decode(
     prefetch: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, KV]:
-    """Write the rows' new tokens and attend: q [R, H, D], k, v [R, K, D] -> y [R, H, D], cache.
+    """Write the rows' new tokens and attend: q [N, H, D], k, v [N, K, D] -> y [N, H, D], cache.
 
-    The cache is updated in place where the caller gives it up. Only the first R entries of batch.dest
-    are used. `target` parts per key-value head fill the card.
+    Only the first R tokens, the rows', are read and written; the rest of y is whatever was there.
+    The cache is updated in place where the caller gives it up. `target` parts per key-value head
+    fill the card.
     """
-    (R, H, D), (P, K, S, _) = q.shape, cache.k.shape
+    (_, H, D), (P, K, S, _), R = q.shape, cache.k.shape, batch.table.shape[0]
     target = target or max(1, 528 // K)  # 132 multiprocessors x 4 resident programs
     plan = plan_decode(batch, window=window, tile=tile, target=target)
     W = plan.parts.shape[0]
@@ -239,7 +244,8 @@ def decode(
     y, k_flat, v_flat, acc, top, total = _call(
         body,
         (K, W),
-        (plan.parts, batch.table, batch.dest, q, k, v, cache.k.reshape(flat), cache.v.reshape(flat)),
+        (plan.parts, batch.table, batch.dest, q, k, v,
+         cache.k.reshape(flat), cache.v.reshape(flat)),
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(flat, cache.k.dtype),
          jax.ShapeDtypeStruct(flat, cache.v.dtype), f32((W, H, D)), f32((W, H)), f32((W, H))),
         aliases={6: 1, 7: 2}, warps=warps, name="paged_decode", interpret=interpret,
