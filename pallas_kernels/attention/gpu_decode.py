@@ -147,9 +147,8 @@ def _kernel(parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, k_pages, v_page
             ahead = fetch(i + 1)
             return (*attend(i, carry[:3], *carry[3:]), *ahead)
 
-        new = _new_token(
-            kind & 1, row, head, q, dest_ref, k_ref, v_ref, k_out, v_out, S, scale, softcap
-        )
+        refs = (dest_ref, k_ref, v_ref, k_out, v_out)
+        new = _new_token(kind & 1, row, head, q, refs, S, scale, softcap)
         turns = pl.cdiv(high - low, tile)
         if prefetch:
             acc, top, total, *_ = lax.fori_loop(0, turns, step_ahead, (*new, *fetch(0)))

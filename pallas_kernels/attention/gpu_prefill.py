@@ -91,11 +91,9 @@ def _kernel(plan_ref, table_ref, q_ref, k_pages, v_pages, y_in, y_ref, *,
                 keep = j[None, :] <= at[:, None]
                 if window:
                     keep &= j[None, :] > at[:, None] - window
-                x = jnp.where(keep, x, NOTHING)
+                x = jnp.where(keep, x, NOTHING)  # what a row adds before its first key shrinks to 0
             peak = jnp.maximum(top, jnp.max(x, axis=1))
             p, shrink = jnp.exp2(x - peak[:, None]), jnp.exp2(top - peak)
-            if masked:  # a row may have seen nothing yet: its peak is NOTHING and p would be 1
-                p = jnp.where(keep, p, 0.0)
             acc = acc * shrink[:, None] + dot(p.astype(v.dtype), v, (1, 0))
             return acc, peak, total * shrink + jnp.sum(p, axis=1)
 
