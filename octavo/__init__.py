@@ -1,4 +1,4 @@
-"""Octavo serves large language models in JAX: one codebase on TPU, NVIDIA GPU, AWS Neuron and CPU."""
+"""Octavo serves large language models in JAX, on TPU, NVIDIA GPU, AWS Neuron and CPU."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,1 +1,16 @@
 """Sampling: from logits to tokens, by thresholds and never by a sort."""
+
+from octavo.pallas_kernels.sampling.controls import NS, OFF, Controls
+from octavo.pallas_kernels.sampling.penalties import Edits, count_generated, mark_prompt
+from octavo.pallas_kernels.sampling.sample import sample, top_logprobs
+
+__all__ = [
+    "NS",
+    "OFF",
+    "Controls",
+    "Edits",
+    "count_generated",
+    "mark_prompt",
+    "sample",
+    "top_logprobs",
+]

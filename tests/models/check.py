@@ -1,5 +1,6 @@
 """What the family tests share: our model beside the one that wrote the checkpoint."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,25 @@ def load(folder: Path, max_model_len: int = 128) -> tuple[Model, Any]:
     return model, load_params(model, tensors.__getitem__, tensors, np.float32)
 
 
+@functools.cache
+def compiled(model: Model) -> Any:
+    """(params, tokens, start, cache) -> (logits, cache); compiled once per model and shape."""
+
+    def run(params: Any, tokens: jax.Array, start: jax.Array, cache: Any) -> Any:
+        positions = start + jnp.arange(len(tokens))
+        ops = plain_ops(positions)
+        hidden, cache = model.forward(params, tokens, positions, cache, ops)
+        return model.logits(params, hidden, ops), cache
+
+    return jax.jit(run)
+
+
 class Sequence:
     """One sequence with a dense cache: prompts and tokens in, logits out."""
 
     def __init__(self, model: Model, params: Any, length: int = 128):
         self.params, self.cache, self.done = params, empty_cache(model, length, jnp.float32), 0
-
-        def run(params: Any, tokens: jax.Array, start: jax.Array, cache: Any) -> Any:
-            positions = start + jnp.arange(len(tokens))
-            ops = plain_ops(positions)
-            hidden, cache = model.forward(params, tokens, positions, cache, ops)
-            return model.logits(params, hidden, ops), cache
-
-        self.run = jax.jit(run)
+        self.run = compiled(model)
 
     def __call__(self, tokens: Any) -> np.ndarray:
         """tokens [n] at the next n positions -> f32[n, V]."""

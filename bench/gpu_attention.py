@@ -1,0 +1,197 @@
+"""How fast is attention on this NVIDIA GPU? Each kernel against float32, then timed.
+
+    python -m octavo.bench.gpu_attention [--only decode|prefill] [--json]
+
+Times are taken inside one loop on the device, each call fed by the one before, so that no dispatch
+is counted: the median of several loops. Bytes are those of the keys and values read; operations are
+those of the logits and values under the diagonal.
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from octavo.pallas_kernels.attention import gpu
+from octavo.pallas_kernels.attention.batch import RaggedBatch
+from octavo.pallas_kernels.attention.reference import KV
+
+HEADS = (32, 8, 128)  # H, K, D: the Llama-3.1-8B shape
+PAGE_SIZES = (16, 64)
+SCALE = HEADS[2] ** -0.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows that decode over `rows` cached tokens each, or chunks of (tokens before, tokens now)."""
+
+    name: str
+    rows: tuple[int, ...] = ()
+    chunks: tuple[tuple[int, int], ...] = ()
+    target: float = 0.0  # GB/s of a decode, TFLOP/s of a prefill
+
+
+def ragged(rows: int, mean: int) -> tuple[int, ...]:
+    """Log-normal lengths: what a chat service holds."""
+    lengths = np.random.default_rng(0).lognormal(0, 0.8, rows)
+    return tuple(int(n) for n in 1 + lengths * mean / lengths.mean())
+
+
+DECODE = (
+    Shape("64 x 1,024", (1023,) * 64, target=2400),
+    Shape("64 x 4,096", (4095,) * 64, target=2750),
+    Shape("256 x 384", (383,) * 256),
+    Shape("64 ragged, 1,024", ragged(64, 1024)),
+    Shape("1 x 32,768", (32767,), target=2300),
+    Shape("1 x 512", (511,)),
+)
+PREFILL = (
+    Shape("4 x 2,048", chunks=((0, 2048),) * 4, target=450),
+    Shape("512 over 8,192", chunks=((8192, 512),), target=400),
+    Shape("16 x 128 over 512", chunks=((512, 128),) * 16),
+)
+
+
+def make(shape: Shape, page_size: int, seed: int = 0) -> tuple[RaggedBatch, jax.Array, Any, KV]:
+    """A shuffled pool full of random numbers, and one step over it: batch, q, (k, v), cache."""
+    H, K, D = HEADS
+    S, rng = page_size, np.random.default_rng(seed)
+    rows = [(n, 1) for n in shape.rows] or [(0, 0)] * len(shape.chunks)
+    R, T = len(rows), sum(count for _, count in shape.chunks)
+    ends = [n + c for n, c in rows] if shape.rows else [n + c for n, c in shape.chunks]
+    need = [-(-end // S) for end in ends]
+    M, P = max(need), sum(need) + 1
+    free, table = 1 + rng.permutation(P - 1), np.zeros((R, M), np.int32)
+    for r, n in enumerate(need):
+        table[r, :n], free = free[:n], free[n:]
+    position = np.zeros(R + T, np.int32)
+    slot = np.zeros(R + T, np.int32)
+    real = np.zeros(R + T, bool)
+    position[:R], slot[:R], real[:R] = [n for n, _ in rows], np.arange(R), bool(shape.rows)
+    offset = R
+    for c, (n, count) in enumerate(shape.chunks):
+        at = slice(offset, offset + count)
+        position[at], slot[at], real[at] = n + np.arange(count), c, True
+        offset += count
+    dest = np.where(real, table[slot, position // S] * S + position % S, 0)
+    counts = np.array([c for _, c in shape.chunks] or [0])
+    starts = [n for n, _ in shape.chunks] or [0]
+    arrays = (
+        table, [n for n, _ in rows], [c for _, c in rows], np.arange(len(counts)), starts, counts,
+        np.cumsum(counts) - counts, dest, position, slot,
+    )  # fmt: skip
+    batch = RaggedBatch(
+        *(jnp.asarray(a, jnp.int32) for a in arrays), real=jnp.asarray(real), page_size=S
+    )
+    keys = jax.random.split(jax.random.key(seed), 5)
+    normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
+    cache = KV(k=normal(keys[0], (P, K, S, D)), v=normal(keys[1], (P, K, S, D)))
+    new = normal(keys[2], (R + T, K, D)), normal(keys[3], (R + T, K, D))
+    return batch, normal(keys[4], (R + T, H, D)), new, cache
+
+
+def seconds(step: Callable[[Any], Any], carry: Any, calls: int, loops: int = 5) -> float:
+    """Median seconds of one step, `calls` of them in one loop on the device."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def loop(carry: Any) -> Any:
+        return lax.fori_loop(0, calls, lambda _, c: step(c), carry)
+
+    carry = jax.block_until_ready(loop(carry))
+    taken = []
+    for _ in range(loops):
+        start = time.perf_counter()
+        carry = jax.block_until_ready(loop(carry))
+        taken.append((time.perf_counter() - start) / calls)
+    return float(np.median(taken))
+
+
+def work(shape: Shape) -> float:
+    """Bytes of keys and values that a decode reads, or floating point operations of a prefill."""
+    H, K, D = HEADS
+    if shape.rows:
+        return 2 * 2 * K * D * sum(n + 1 for n in shape.rows)
+    return 4 * H * D * sum(count * n + count * (count + 1) / 2 for n, count in shape.chunks)
+
+
+def error(shape: Shape, page_size: int, attend: Callable[..., Any]) -> float:
+    """Relative error against float32, one token's definition at a time."""
+    batch, q, (k, v), cache = make(shape, page_size, seed=1)
+    y, after = jax.jit(attend)(q, k, v, cache, batch)
+    flat_k, flat_v = (p.swapaxes(1, 2).reshape(-1, *HEADS[1:]) for p in (after.k, after.v))
+    S = page_size
+
+    @jax.jit
+    def one(token: jax.Array) -> jax.Array:
+        slot, at = batch.slot[token], batch.position[token]
+        j = jnp.arange(batch.table.shape[1] * S)
+        where = batch.table[slot][j // S] * S + j % S
+        keys, values = (x[where].astype(jnp.float32) for x in (flat_k, flat_v))
+        grouped = q[token].reshape(HEADS[1], -1, HEADS[2]).astype(jnp.float32)
+        with jax.default_matmul_precision("highest"):
+            x = jnp.einsum("kgd,jkd->kgj", grouped, keys) * SCALE
+            p = jax.nn.softmax(jnp.where(j <= at, x, -jnp.inf), axis=-1)
+            return jnp.einsum("kgj,jkd->kgd", p, values).reshape(HEADS[0], HEADS[2])
+
+    tokens = np.flatnonzero(np.asarray(batch.real))
+    tokens = tokens[:: max(1, len(tokens) // 40)]
+    want = jnp.stack([one(t) for t in tokens])
+    got = y[tokens].astype(jnp.float32)
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+def measure(shape: Shape, page_size: int, attend: Callable[..., Any], calls: int) -> dict[str, Any]:
+    """One line of the table."""
+    wrong = error(shape, page_size, attend)
+    batch, q, (k, v), cache = make(shape, page_size)
+
+    def step(carry: Any) -> Any:
+        return attend(carry[0], k, v, carry[1], batch)
+
+    taken = seconds(step, (q, cache), calls)
+    rate = work(shape) / taken / (1e9 if shape.rows else 1e12)
+    unit = "GB/s" if shape.rows else "TFLOP/s"
+    return dict(case=shape.name, page=page_size, us=taken * 1e6, rate=rate, unit=unit,
+                target=shape.target, error=wrong)  # fmt: skip
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    text = [f"{'case':<20}{'page':>5}{'us':>10}{'rate':>8} unit     {'target':>7}  error"]
+    for x in lines:
+        target = f"{x['target']:.0f}" if x["target"] else "-"
+        text.append(
+            f"{x['case']:<20}{x['page']:>5}{x['us']:>10.1f}{x['rate']:>8.0f} {x['unit']:<8}"
+            f"{target:>8}  {x['error']:.4f}"
+        )
+    return "\n".join(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=("decode", "prefill"))
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+    options = parser.parse_args(arguments)
+    attend = functools.partial(gpu.attend, window=0, scale=SCALE, softcap=0.0)
+    shapes = [s for s in DECODE if options.only != "prefill"]
+    shapes += [s for s in PREFILL if options.only != "decode"]
+    lines = []
+    for shape in shapes:
+        for page_size in PAGE_SIZES:
+            lines.append(measure(shape, page_size, attend, calls=64 if shape.rows else 16))
+    device = jax.devices()[0].device_kind
+    head = f"# attention  {device}  jax {jax.__version__}  H, K, D = {HEADS}  bfloat16"
+    print(
+        json.dumps({"head": head, "lines": lines}) if options.json else head + "\n" + table(lines)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""`octavo bench NAME`: run one of the programs in bench/."""
+
+import argparse
+from importlib import import_module
+from typing import Any
+
+# name: the question it answers. Each is bench/NAME.py with `add_flags(parser)`, `run(args) -> int`.
+PROGRAMS = {
+    "throughput": "how many tokens per second, offline, with many random prompts at once",
+    "latency": "how long one batch of 8 takes from prompt to last token",
+    "serve": "what clients of an OpenAI endpoint see: time to first token, time per token",
+    "startup": "how long until ready, with a cold and a warm compilation cache",
+    "host": "what a step costs the host, with a model that computes nothing",
+    "llamacpp": "SmolLM2 beside llama.cpp, in turns, on this machine",
+}
+
+DESCRIPTION = """\
+Measure one thing and print one table (or --json).
+
+examples:
+  octavo bench throughput smollm2-135m --input-len 128 --output-len 128 --num-prompts 64
+  octavo bench serve --url http://localhost:8000 --concurrency 16
+  octavo bench host
+"""
+
+
+def register(subparsers: Any) -> None:
+    """Add the command, and one subcommand per program, to the command line."""
+    parser = subparsers.add_parser("bench", help="measure one thing", description=DESCRIPTION)
+    names = parser.add_subparsers(dest="bench", metavar="NAME", required=True)
+    for name, question in PROGRAMS.items():
+        program = import_module(f"octavo.bench.{name}")
+        subparser = names.add_parser(
+            name,
+            help=question,
+            description=program.__doc__,
+        )
+        subparser.add_argument("--json", action="store_true", help="print one JSON object instead")
+        program.add_flags(subparser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the named program."""
+    return int(import_module(f"octavo.bench.{args.bench}").run(args))

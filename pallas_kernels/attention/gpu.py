@@ -1,0 +1,45 @@
+"""Ragged paged attention on NVIDIA GPUs: decode rows and prompt chunks of one step, in one buffer.
+
+    rows    paged_decode    stores each row's new token, attends; merge_decode joins split rows
+    chunks  write_pages     stores the chunks' tokens
+            paged_prefill   attends them over their pages, writes beside the rows' results
+
+Each kernel takes the pages from the one before it and hands them on, so that nothing is copied.
+"""
+
+import jax
+
+from octavo.pallas_kernels.attention.batch import RaggedBatch
+from octavo.pallas_kernels.attention.gpu_decode import decode, why_not_decode
+from octavo.pallas_kernels.attention.gpu_prefill import prefill, why_not_prefill
+from octavo.pallas_kernels.attention.gpu_write import write
+from octavo.pallas_kernels.attention.reference import KV
+
+
+def why_not(q: jax.Array, cache: KV, batch: RaggedBatch) -> str | None:
+    """The reason these kernels refuse a step, or None if they take it."""
+    return why_not_decode(q, cache.k, batch) or why_not_prefill(q, cache.k)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    window: int,
+    scale: float,
+    softcap: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, KV]:
+    """Write, then attend. q [N, H, D], k and v [N, K, D] -> [N, H, D] in the dtype of q."""
+    if refusal := why_not(q, cache, batch):
+        raise ValueError(f"attention on this GPU cannot take this step: {refusal}")
+    static = dict(window=window, scale=scale, softcap=softcap, interpret=interpret)
+    y, cache = decode(q, k, v, cache, batch, **static)
+    rows = batch.table.shape[0] * batch.tokens_per_row
+    if q.shape[0] > rows:
+        cache = write(cache, k, v, batch.dest, base=rows, interpret=interpret)
+        y = prefill(q, y, cache, batch, **static)
+    return y, cache

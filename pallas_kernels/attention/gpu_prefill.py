@@ -1,0 +1,157 @@
+"""Chunked prefill attention over cached pages for NVIDIA GPUs (Pallas, Triton lowering).
+
+    y[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // G]) v[j, h // G]      j <= position of t
+
+The chunks' own keys and values are already in their pages, so a chunk's past and its present are
+read alike. Chunks lie one behind another among the T tokens; each is cut into blocks of queries:
+
+    T      |---- chunk 0 ----|-- chunk 1 --|-- 2 --|  padding  |
+    blocks |  0  |  1  |  2  |  0  |  1  |.|  0  |.|  0  |  1  |     . a block's unused tokens
+
+One program per (block, query head). It walks the keys its tokens may see, `tile` tokens at a time:
+first the tiles that every token of the block sees whole, then those with the diagonal or a window's
+edge in them, where logits are masked. Padding is one more chunk that sees nothing: it becomes zero.
+
+Shared memory per program: (block + 2 * tile * stages) * D * itemsize.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from octavo.pallas_kernels.attention.batch import RaggedBatch
+from octavo.pallas_kernels.attention.gpu_decode import LOG2E, NOTHING, cap, dot, log2
+from octavo.pallas_kernels.attention.reference import KV
+
+
+def plan_prefill(batch: RaggedBatch, T: int, block: int) -> jax.Array:
+    """The blocks of a step, i32[W, 4]: first of the T tokens, tokens, position, slot (-1: padding).
+
+    Later blocks of a chunk, which see more keys, come first. An unused entry has no tokens.
+    """
+    used = jnp.sum(batch.chunk_count)
+    count = jnp.append(batch.chunk_count, T - used)
+    offset = jnp.append(batch.chunk_offset, used)
+    slot = jnp.append(batch.chunk_slot, -1)
+    start = jnp.append(batch.chunk_start, 0)
+    blocks = pl.cdiv(count, block)
+    ends = jnp.cumsum(blocks)
+
+    entry = jnp.arange(pl.cdiv(T, block) + count.shape[0], dtype=jnp.int32)
+    chunk = jnp.sum(ends[None, :] <= entry[:, None], axis=1, dtype=jnp.int32)
+    safe = jnp.minimum(chunk, count.shape[0] - 1)
+    skip = (ends[safe] - 1 - entry) * block
+    size = jnp.where(chunk < count.shape[0], jnp.minimum(count[safe] - skip, block), 0)
+    plan = jnp.stack([offset[safe] + skip, size, start[safe] + skip, slot[safe]], axis=1)
+    return plan.astype(jnp.int32)
+
+
+def why_not_prefill(q: jax.Array, k_pages: jax.Array) -> str | None:
+    """The reason this kernel refuses these arguments, or None if it takes them."""
+    P, K, S, D = k_pages.shape
+    if D & (D - 1) or not 32 <= D <= 256:
+        return f"D={D} is not a power of two between 32 and 256"
+    if q.shape[1] % K:
+        return f"H={q.shape[1]} query heads do not divide into K={K} groups"
+    if q.dtype != k_pages.dtype:
+        return f"queries are {q.dtype} and the cache is {k_pages.dtype}"
+    if P * S * K * D >= 2**31:
+        return f"a cache of {P * S * K * D} elements needs offsets of more than 32 bits"
+    return None
+
+
+def _kernel(plan_ref, table_ref, q_ref, k_pages, v_pages, y_in, y_ref, *,
+            base, G, K, S, block, tile, window, scale, softcap):  # fmt: skip
+    head, entry = pl.program_id(0), pl.program_id(1)
+    token, size = plan_ref[entry, 0], plan_ref[entry, 1]
+    position, slot = plan_ref[entry, 2], plan_ref[entry, 3]
+
+    @pl.when(size > 0)
+    def _():
+        member = jnp.arange(block)
+        tokens = base + token + jnp.minimum(member, size - 1)  # unused rows repeat the last token
+        at = position + jnp.minimum(member, size - 1)
+        end = jnp.where(slot < 0, 0, position + size)
+        low = jnp.maximum(position + 1 - window, 0) if window else 0
+        row = jnp.maximum(slot, 0)
+        q = q_ref[tokens, head]  # [block, D]
+
+        def step(i, carry, masked):
+            acc, top, total = carry
+            j = i * tile + jnp.arange(tile)
+            seen = jnp.minimum(j, end - 1)
+            where = (table_ref[row, seen >> log2(S)] * K + head // G) * S + (seen & (S - 1))
+            k, v = k_pages[where], v_pages[where]  # [tile, D] each
+            x = cap(dot(q, k, (1, 1)) * (scale * LOG2E), softcap)
+            if masked:
+                keep = j[None, :] <= at[:, None]
+                if window:
+                    keep &= j[None, :] > at[:, None] - window
+                x = jnp.where(keep, x, NOTHING)  # what a row adds before its first key shrinks to 0
+            peak = jnp.maximum(top, jnp.max(x, axis=1))
+            p, shrink = jnp.exp2(x - peak[:, None]), jnp.exp2(top - peak)
+            acc = acc * shrink[:, None] + dot(p.astype(v.dtype), v, (1, 0))
+            return acc, peak, total * shrink + jnp.sum(p, axis=1)
+
+        carry = (
+            jnp.zeros((block, q.shape[1]), jnp.float32),
+            jnp.full((block,), NOTHING, jnp.float32),
+            jnp.zeros((block,), jnp.float32),
+        )
+        first, last = low // tile, pl.cdiv(end, tile)
+        whole = jnp.minimum((position + 1) // tile, last)  # tiles before it lie under the diagonal
+        edge = jnp.minimum(_last_edge(position, size, window, tile), last) if window else 0
+        plain, masked = functools.partial(step, masked=False), functools.partial(step, masked=True)
+        if window:
+            carry = lax.fori_loop(first, edge, masked, carry)
+            first, whole = edge, jnp.maximum(whole, edge)
+        carry = lax.fori_loop(first, whole, plain, carry)
+        acc, _, total = lax.fori_loop(whole, last, masked, carry)
+        y_ref[tokens, head] = (acc / jnp.maximum(total, 1e-30)[:, None]).astype(y_ref.dtype)
+
+
+def _last_edge(position, size, window, tile):
+    """The first tile that the block's last token sees from its beginning."""
+    return pl.cdiv(jnp.maximum(position + size - window, 0), tile)
+
+
+def prefill(
+    q: jax.Array,
+    y: jax.Array,
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    window: int = 0,
+    scale: float,
+    softcap: float = 0.0,
+    block: int = 128,
+    tile: int = 64,
+    warps: int = 8,
+    stages: int = 2,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attend the chunks' tokens, whose keys are in their pages: q, y [N, H, D] -> y [N, H, D].
+
+    The rows' part of y is kept, the chunks' part replaced; padding tokens become zeros.
+    """
+    (N, H, D), (P, K, S, _) = q.shape, cache.k.shape
+    base = batch.table.shape[0] * batch.tokens_per_row
+    T = N - base
+    plan = plan_prefill(batch, T, block)
+    body = functools.partial(
+        _kernel, base=base, G=H // K, K=K, S=S, block=block, tile=tile, window=window, scale=scale,
+        softcap=softcap,
+    )  # fmt: skip
+    return pl.pallas_call(
+        body,
+        grid=(H, plan.shape[0]),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        input_output_aliases={5: 0},
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+        name="paged_prefill",
+        interpret=interpret,
+    )(plan, batch.table, q, cache.k.reshape(P * K * S, D), cache.v.reshape(P * K * S, D), y)

@@ -1,0 +1,123 @@
+"""What changes logits before a token is drawn: masks, biases and penalties.
+
+In this order, which is also the order of the functions here:
+
+    allowed     ids outside a bit mask become -inf
+    bad words   the last id of a forbidden sequence becomes -inf where the sequence would end
+    stops       stop ids become -inf until min_tokens tokens are there
+    bias        is added; -inf forbids
+    repetition  ids of prompt or output:  x -> x / r if x > 0 else x * r
+    frequency   ids of the output:        x -> x - f * times generated
+    presence    ids of the output:        x -> x - p
+
+Every index is clipped into the vocabulary, and entries that are not used change nothing.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from octavo.pallas_kernels.sampling.controls import Controls
+
+IN_PROMPT = 1 << 15  # the bit of `counts` that marks ids of the prompt
+GENERATED = IN_PROMPT - 1  # the bits that count
+
+
+@flax.struct.dataclass
+class Edits:
+    """Everything optional: None leaves its part out of the program."""
+
+    allowed: jax.Array | None = None  # u32[R, ceil(V / 32)] bit v % 32 of word v // 32
+    bad_words: jax.Array | None = None  # i32[R, W, A] ids, right-aligned, -1 before them or unused
+    recent: jax.Array | None = None  # i32[R, A - 1] the last ids of the sequence, -1 before it
+    stop_ids: jax.Array | None = None  # i32[R, Z] -1 is unused
+    below_min: jax.Array | None = None  # bool[R] fewer than min_tokens tokens so far
+    bias_ids: jax.Array | None = None  # i32[R, NB] unused entries: any id, with bias 0
+    bias: jax.Array | None = None  # f32[R, NB] is added
+    counts: jax.Array | None = None  # u16[R, V] IN_PROMPT | times generated
+
+
+def edit(logits: jax.Array, controls: Controls, edits: Edits) -> jax.Array:
+    """logits f32[R, V] with everything applied. Each part is skipped while no row needs it."""
+    if edits.allowed is not None:
+        logits = mask_allowed(logits, edits.allowed)
+    if edits.bad_words is not None and edits.recent is not None:
+        logits = _if_any(
+            edits.bad_words >= 0, mask_bad_words, logits, edits.bad_words, edits.recent
+        )
+    if edits.stop_ids is not None and edits.below_min is not None:
+        logits = _if_any(edits.below_min, mask_stops, logits, edits.stop_ids, edits.below_min)
+    if edits.bias_ids is not None and edits.bias is not None:
+        logits = _if_any(edits.bias != 0, add_bias, logits, edits.bias_ids, edits.bias)
+    if edits.counts is not None:
+        c = controls
+        wanted = (c.repetition != 1) | (c.frequency != 0) | (c.presence != 0)
+        logits = _if_any(wanted, penalize, logits, controls, edits.counts)
+    return logits
+
+
+def mask_allowed(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """allowed u32[R, ceil(V / 32)]."""
+    R, V = logits.shape
+    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1  # [R, words, 32]
+    return jnp.where(bits.reshape(R, -1)[:, :V] == 1, logits, -jnp.inf)
+
+
+def mask_bad_words(logits: jax.Array, words: jax.Array, recent: jax.Array) -> jax.Array:
+    """words i32[R, W, A], recent i32[R, A - 1]."""
+    before, last = words[:, :, :-1], words[:, :, -1]
+    ends_here = ((before < 0) | (before == recent[:, None])).all(-1) & (last >= 0)  # [R, W]
+    return _forbid(logits, last, ends_here)
+
+
+def mask_stops(logits: jax.Array, stop_ids: jax.Array, below_min: jax.Array) -> jax.Array:
+    """stop_ids i32[R, Z], below_min bool[R]."""
+    return _forbid(logits, stop_ids, below_min[:, None] & (stop_ids >= 0))
+
+
+def add_bias(logits: jax.Array, ids: jax.Array, bias: jax.Array) -> jax.Array:
+    """ids i32[R, NB], bias f32[R, NB]."""
+    rows, ids = _places(logits, ids)
+    return logits.at[rows, ids].add(bias, mode="promise_in_bounds")
+
+
+def penalize(logits: jax.Array, controls: Controls, counts: jax.Array) -> jax.Array:
+    """counts u16[R, V]."""
+    times = (counts & GENERATED).astype(jnp.float32)
+    repetition = jnp.where(counts > 0, controls.repetition[:, None], 1.0)
+    logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = logits - controls.frequency[:, None] * times
+    return logits - jnp.where(times > 0, controls.presence[:, None], 0.0)
+
+
+def count_generated(counts: jax.Array, tokens: jax.Array, real: jax.Array) -> jax.Array:
+    """counts u16[R, V] after row r generated tokens[r], where real bool[R]; stops at 32767."""
+    rows = jnp.arange(tokens.shape[0])
+    now = counts[rows, tokens]
+    after = now + (real & ((now & GENERATED) < GENERATED)).astype(counts.dtype)
+    return counts.at[rows, tokens].set(after, mode="promise_in_bounds")
+
+
+def mark_prompt(
+    counts: jax.Array, slot: jax.Array, tokens: jax.Array, real: jax.Array
+) -> jax.Array:
+    """counts u16[B, V] with tokens i32[T] of slot i32[T] marked as prompt, where real bool[T]."""
+    marked = jnp.where(real, counts[slot, tokens] | IN_PROMPT, 0).astype(counts.dtype)
+    return counts.at[slot, tokens].max(marked, mode="promise_in_bounds")
+
+
+def _forbid(logits: jax.Array, ids: jax.Array, where: jax.Array) -> jax.Array:
+    """-inf at ids i32[R, n] where bool[R, n]."""
+    rows, ids = _places(logits, ids)
+    limit = jnp.where(where, -jnp.inf, jnp.inf).astype(logits.dtype)
+    return logits.at[rows, ids].min(limit, mode="promise_in_bounds")
+
+
+def _places(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Indices in bounds for ids i32[R, n], whatever they hold."""
+    R, V = logits.shape
+    return jnp.arange(R)[:, None], jnp.clip(ids, 0, V - 1)
+
+
+def _if_any(wanted: jax.Array, change, logits: jax.Array, *args):
+    return jax.lax.cond(jnp.any(wanted), lambda: change(logits, *args), lambda: logits)

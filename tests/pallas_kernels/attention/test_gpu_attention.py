@@ -1,0 +1,113 @@
+"""The NVIDIA kernels against the definition, interpreted; and that they lower for CUDA, here."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from octavo.pallas_kernels.attention import cases, gpu, reference
+from octavo.pallas_kernels.attention.cases import Case
+from octavo.pallas_kernels.attention.gpu_decode import decode, plan_decode
+from octavo.pallas_kernels.attention.gpu_prefill import plan_prefill, prefill
+
+# float32: sums of up to 128 terms in another order. bfloat16: probabilities are rounded to 8 bits
+# before they meet the values, and the result is rounded once more.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}
+
+ROWS = ((0, 1), (5, 1), (0, 0), (100, 1), (37, 1))
+CHUNKS = ((0, 0, 33), (2, 70, 21), (4, 5, 1))
+IDLE = ((0, 0),) * 5
+MIXED = ((0, 0), (63, 1), (0, 0), (100, 1), (0, 0))
+
+CASES = {
+    "decode": Case(rows=ROWS),
+    "decode window": Case(rows=ROWS, window=20, heads=(9, 3, 64)),
+    "decode softcap": Case(rows=ROWS, softcap=5.0, heads=(4, 1, 128)),
+    "chunks": Case(rows=IDLE, chunks=CHUNKS, chunk_tokens=80, chunk_entries=5),
+    "chunks window": Case(rows=IDLE, chunks=CHUNKS, window=20, heads=(9, 3, 64), softcap=5.0),
+    "chunks large pages": Case(rows=IDLE, chunks=CHUNKS, page_size=64, pages_per_slot=2),
+    "mixed": Case(rows=MIXED, chunks=CHUNKS, chunk_tokens=64, heads=(8, 2, 64)),
+}
+
+
+def run(case: Case, dtype: str, attend):
+    """attend's result and the definition's, with garbage where no token was ever written."""
+    q, k, v, cache, batch = cases.inputs(case, dtype=dtype)
+    static = dict(window=case.window, scale=q.shape[-1] ** -0.5, softcap=case.softcap)
+    got, pages = attend(q, k, v, cache, batch, **static)
+    want, pages_wanted = reference.attend(q, k, v, cache, batch, **static)
+    return batch, got, want, pages, pages_wanted
+
+
+def relative_error(got: jax.Array, want: jax.Array) -> float:
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_definition(name: str, dtype: str) -> None:
+    interpreted = functools.partial(gpu.attend, interpret=True)
+    batch, got, want, pages, pages_wanted = run(CASES[name], dtype, interpreted)
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE[dtype]
+    assert jnp.array_equal(pages.k[1:], pages_wanted.k[1:])
+    assert jnp.array_equal(pages.v[1:], pages_wanted.v[1:])
+    assert jnp.isfinite(got).all()
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("target", [1, 4, 32])
+def test_any_number_of_parts_gives_the_same_rows(target: int, prefetch: bool) -> None:
+    def split(*args, **static):
+        return decode(*args, **static, tile=16, target=target, prefetch=prefetch, interpret=True)
+
+    batch, got, want, *_ = run(CASES["decode"], "float32", split)
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
+    assert not got[2].any(), "an idle row is zero"
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_small_blocks_meet_the_diagonal_and_the_windows_edge(window: int) -> None:
+    case = Case(rows=IDLE, chunks=CHUNKS, window=window)
+
+    def small(q, k, v, cache, batch, **static):
+        cache = reference.write(cache, k, v, batch.dest)
+        y = prefill(q, q, cache, batch, **static, block=16, tile=16, interpret=True)
+        return y, cache
+
+    batch, got, want, *_ = run(case, "float32", small)
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
+
+
+def test_parts_cover_each_cached_token_once() -> None:
+    *_, batch = cases.inputs(CASES["decode"])
+    plan = plan_decode(batch, window=0, tile=16, target=6)
+    seen: dict[int, list[int]] = {}
+    for row, low, high, kind in plan.parts.tolist():
+        if row < len(ROWS):
+            seen.setdefault(row, []).extend(range(low, high))
+            assert bool(kind & 1) == (high == ROWS[row][0]), "the last part takes the new token"
+    assert seen == {r: list(range(start)) for r, (start, count) in enumerate(ROWS) if count}
+
+
+def test_blocks_cover_each_chunk_token_once() -> None:
+    *_, batch = cases.inputs(CASES["chunks"])
+    plan = plan_prefill(batch, 80, block=16)
+    tokens = [token + i for token, size, *_ in plan.tolist() for i in range(size)]
+    assert sorted(tokens) == list(range(80))
+
+
+@pytest.mark.parametrize("heads", [(32, 8, 128), (14, 2, 64), (4, 1, 256)])
+def test_lowers_for_cuda(heads: tuple[int, int, int]) -> None:
+    case = Case(rows=MIXED, chunks=CHUNKS, heads=heads)
+    step = functools.partial(gpu.attend, window=0, scale=0.1, softcap=0.0)
+    traced = jax.jit(step).trace(*cases.inputs(case, dtype="bfloat16"))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("paged_decode", "merge_decode", "write_pages", "paged_prefill"):
+        assert kernel in text
+
+
+def test_says_why_it_refuses_a_head_size() -> None:
+    q, _, _, cache, batch = cases.inputs(Case(rows=ROWS, heads=(4, 2, 96)))
+    assert gpu.why_not(q, cache, batch) == "D=96 is not a power of two between 32 and 256"
