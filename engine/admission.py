@@ -62,8 +62,9 @@ def admit(
 def find_prefix(host: Host, sequence: Sequence) -> tuple[int, list[tuple[int, np.ndarray]]]:
     """The longest prefix whose pages every group still has.
 
-    Returns the tokens covered and, per group, the index of the first page and the page ids. A hit leaves
-    at least one token to run; in a window group only the pages that a later query can see are needed.
+    Returns the tokens covered and, per group, the index of the first page and the page ids. A hit
+    leaves at least one token to run; in a window group only the pages that a later query can see
+    are needed.
     """
     size, shift = host.limits.dims.page_size, host.limits.dims.shift
     most = (len(sequence.tokens) - 1) >> shift
@@ -72,10 +73,8 @@ def find_prefix(host: Host, sequence: Sequence) -> tuple[int, list[tuple[int, np
         return 0, nothing
     if not host.limits.prefix_caching:
         return _fork(host, sequence, nothing)
-    extend_hashes(sequence.hashes, sequence.seed, sequence.tokens, most, size)
-    found = [
-        [pool.index.find(name) for name in sequence.hashes[:most]] for pool in host.pools
-    ]
+    extend_hashes(sequence.hashes, sequence.root, sequence.tokens, most, size)
+    found = [[pool.index.find(name) for name in sequence.hashes[:most]] for pool in host.pools]
     for length in range(_unbroken(host, found, most), 0, -1):
         first = [pool.window_first(length * size) for pool in host.pools]
         if all(all(ids[f:length]) for ids, f in zip(found, first, strict=True)):
@@ -122,8 +121,8 @@ def _fits(
 ) -> bool:
     """Whether the whole prompt fits beside what runs, without preempting anybody.
 
-    The reserve is one page for each running sequence, so that an admission does not throw out at the
-    next step what it took in at this one.
+    The reserve is one page for each running sequence, so that an admission does not throw out at
+    the next step what it took in at this one.
     """
     size = host.limits.dims.page_size
     for pool, (_, ids) in zip(host.pools, pages, strict=True):
@@ -171,8 +170,7 @@ def _take(
             prompt_len=sequence.prompt_len,
             limit=sequence.limit,
             min_tokens=sampling.min_tokens,
-            seed=_seed(sequence),
-            choice=sequence.choice,
+            seed=sequence.seed,
             stop_ids=sequence.stop_ids[:STOP_IDS],
             sampling=sequence.controls,
             pages=pages,
@@ -184,9 +182,3 @@ def _take(
         ids = np.fromiter(bias.keys(), np.int32, len(bias))
         values = np.fromiter(bias.values(), np.float32, len(bias)).view(np.int32)
         draft.uploads += [(BIAS_IDS, slot, 0, ids), (BIAS_VALUES, slot, 0, values)]
-
-
-def _seed(sequence: Sequence) -> int:
-    """32 bits of the request's seed: both halves of a 64-bit one count."""
-    seed = sequence.request.sampling.seed or 0
-    return (seed ^ (seed >> 32)) & 0xFFFFFFFF

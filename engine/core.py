@@ -1,4 +1,4 @@
-"""EngineCore: the run loop. Dispatch step n + 1, then read step n: the host works while the device does.
+"""EngineCore, the run loop: dispatch step n + 1, then read step n; the host works meanwhile.
 
     turn:  schedule -> dispatch -> (when `steps_in_flight` steps are out) harvest the oldest
 
@@ -37,7 +37,7 @@ class EngineCore:
         parts: Parts | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Load, compile, and be ready. `parts` replaces the checkpoint that the config names (benches)."""
+        """Load, compile, and be ready. `parts` replaces the checkpoint of the config (benches)."""
         began = time.perf_counter()
         self.config = config
         parts = parts or assemble(config, progress)
@@ -66,7 +66,7 @@ class EngineCore:
     # --- requests
 
     def add(self, request: AddRequest) -> None:
-        """Queue a request. One that cannot be served ends with reason "error" in the next outputs."""
+        """Queue a request. One that cannot be served ends as "error" in the next outputs."""
         try:
             sequences = self.intake.sequences(request, self.host)
         except ValueError as error:
@@ -84,7 +84,7 @@ class EngineCore:
             self.host.children[sequences[0].serial] = sequences[1:]
 
     def abort(self, handles: Iterable[int]) -> None:
-        """Forget sequences; unknown and finished ones are no error. Nothing more is heard of them."""
+        """Forget sequences and say no more of them; unknown and finished ones are no error."""
         for handle in handles:
             sequence = self.host.live.get(handle)
             if sequence is not None:
@@ -248,7 +248,8 @@ class EngineCore:
         return [
             f"backend  {self.backend.reason}",
             f"model    {r.model.config.family}, {r.dtype.name}, context {r.max_model_len:,}",
-            f"cache    {memory.tokens:,} tokens in pages of {memory.page_size}, {r.dims.slots} slots",
+            f"cache    {memory.tokens:,} tokens in pages of {memory.page_size}; "
+            f"{r.dims.slots} slots",
             f"steps    rows {list(r.row_buckets)}, prompt tokens {list(r.token_buckets)}, "
             f"{self.config.steps_in_flight} in flight",
             f"ready    in {self.startup_seconds:.1f} s (weights {self.load_seconds:.1f} s, "

@@ -63,9 +63,7 @@ class Device:
         key = (launch.rows, launch.tokens)
         arguments = (vector,) if launch.tokens else ()
         if self.fused and not launch.rich and not launch.scored:
-            self.state, packed, taken = self.programs.step[key](
-                self.params, self.state, *arguments
-            )
+            self.state, packed, taken = self.programs.step[key](self.params, self.state, *arguments)
             launch.flight.result = (packed, taken)
             return None
         self.state, passed, taken = self.programs.forward[key](self.params, self.state, *arguments)

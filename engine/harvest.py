@@ -1,7 +1,8 @@
-"""Harvest: a step's results become tokens of requests, pages of rows, and names in the prefix index.
+"""Harvest: a step's results become tokens of requests, pages of rows, names in the index.
 
-It runs a step or more late, so it goes by the flight's own row map and the rows' flags, never by who
-is in a row today. Where everybody is still in place, all of it is array work. Host code: no jax.
+It runs a step or more late, so it goes by the flight's own row map and the rows' flags, never by
+who is in a row today. Where everybody is still in place, all of it is array work. Host code: no
+jax.
 """
 
 from dataclasses import dataclass, field
@@ -173,7 +174,14 @@ def _score(
         token = int(host.tokens[sequence.slot, position])
         out.logprobs.append(
             _logprobs(
-                sequence, position, token, float(chosen[at]), int(rank[at]), ids[at], values[at], most
+                sequence,
+                position,
+                token,
+                float(chosen[at]),
+                int(rank[at]),
+                ids[at],
+                values[at],
+                most,
             )
         )
 
@@ -256,7 +264,7 @@ def _name(host: Host, slot: int) -> None:
     if full <= start:
         return
     tokens = host.tokens[slot, : full * size]
-    extend_hashes(sequence.hashes, sequence.seed, tokens, full, size)
+    extend_hashes(sequence.hashes, sequence.root, tokens, full, size)
     for pool in host.pools:
         row, first = pool.rows[slot], int(pool.first[slot])
         for page in range(max(start, first), full):

@@ -1,7 +1,7 @@
 """What the host knows of the engine: mirrors of the slots, the queue, the pools, the flights.
 
-The mirrors come in two ages: `sent` lengths are those after every dispatched step, `known` ones those
-of the last harvested step. Host code: no jax, no clock.
+The mirrors come in two ages: `sent` lengths are those after every dispatched step, `known` ones
+those of the last harvested step. Host code: no jax, no clock.
 """
 
 import heapq

@@ -1,12 +1,13 @@
-"""Intake: checks what arrives against the engine's limits and makes sequences of it. No clock but the request's."""
+"""Intake: checks what arrives against the engine's limits and makes sequences of it."""
 
 import numpy as np
 
 from octavo.engine.host import Host
 from octavo.engine.memory import Resolved
 from octavo.engine.messages import AddRequest
+from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.sequence import Sequence
-from octavo.pallas_kernels.sampling import pack_controls
+from octavo.pallas_kernels.sampling import Controls
 
 
 class Refused(ValueError):
@@ -33,8 +34,8 @@ class Intake:
             raise Refused("the prompt is empty; send at least one token")
         if len(tokens) >= longest:
             raise Refused(
-                f"the prompt has {len(tokens):,} tokens and the context is {longest:,}: shorten it by "
-                f"{len(tokens) - longest + 1:,}, or start with a larger --max-model-len"
+                f"the prompt has {len(tokens):,} tokens and the context is {longest:,}: "
+                f"shorten it by {len(tokens) - longest + 1:,}, or start with a larger --max-model-len"
             )
         vocab = self.resolved.dims.vocab
         if tokens.min() < 0 or tokens.max() >= vocab:
@@ -59,7 +60,7 @@ class Intake:
         stops = list(dict.fromkeys(sampling.stop_token_ids))
         if not sampling.ignore_eos:
             stops = list(dict.fromkeys([*self.eos_token_ids, *stops]))
-        controls = pack_controls(sampling)
+        seed = self._seed(sampling, host)
         out: list[Sequence] = []
         for choice in range(sampling.n):
             host.serials += 1
@@ -73,13 +74,21 @@ class Intake:
                     prompt_len=len(tokens),
                     limit=limit,
                     stop_ids=stops,
-                    controls=controls,
+                    controls=_controls(sampling, choice),
+                    seed=seed,
                     kv_dtype=self.resolved.kv_dtype.name,
                     parent=out[0] if out else None,
                     deadline=request.arrival + request.timeout if request.timeout else 0.0,
                 )
             )
         return out
+
+    def _seed(self, sampling: SamplingParams, host: Host) -> int:
+        """A request without a seed gets one of its own, from the engine's and its place in line."""
+        if sampling.seed is not None:
+            return sampling.seed
+        mixed = (self.resolved.config.seed << 32) ^ (host.serials + 1) * 0x9E3779B97F4A7C15
+        return mixed & (2**64 - 1)
 
     def _check_ids(self, request: AddRequest, vocab: int) -> None:
         sampling = request.sampling
@@ -92,4 +101,20 @@ class Intake:
         for name, given in ids.items():
             for token in given:
                 if not 0 <= token < vocab:
-                    raise Refused(f"`{name}` names token {token}, outside the vocabulary of {vocab:,}")
+                    raise Refused(
+                        f"`{name}` names token {token}, outside the vocabulary of {vocab:,}"
+                    )
+
+
+def _controls(sampling: SamplingParams, choice: int) -> np.ndarray:
+    """The request's row of SlotState.sampling."""
+    return Controls.pack(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition=sampling.repetition_penalty,
+        presence=sampling.presence_penalty,
+        frequency=sampling.frequency_penalty,
+        top_k=sampling.top_k,
+        choice=choice,
+    )

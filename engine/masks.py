@@ -1,7 +1,7 @@
 """Masks that the host computes while the forward pass runs: which tokens a row may sample.
 
-One bit per token, packed little-endian into u32[ceil(V / 32)]; bit v % 32 of word v // 32 allows token v.
-Host code: no jax.
+One bit per token, packed little-endian into u32[ceil(V / 32)]; bit v % 32 of word v // 32 allows
+token v. Host code: no jax.
 """
 
 import numpy as np

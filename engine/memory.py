@@ -17,7 +17,7 @@ from octavo.engine.state import BIAS, Dims, PageGroup
 from octavo.models.config import ModelConfig
 from octavo.models.load import param_bytes
 from octavo.models.registry import Model, build
-from octavo.pallas_kernels.sampling import CONTROLS
+from octavo.pallas_kernels.sampling import NS
 
 GiB = 1 << 30
 MiB = 1 << 20
@@ -59,7 +59,7 @@ class MemoryPlan:
         return [
             f"device     {size(self.limit):>10}   {self.device}, {size(self.usable)} of it usable",
             f"weights    {size(self.weights):>10}",
-            f"cache      {size(self.cache):>10}   {self.tokens:,} tokens in pages of {self.page_size}",
+            f"cache      {size(self.cache):>10}   {self.tokens:,} tokens, {self.page_size} a page",
             f"state      {size(self.state):>10}   {self.max_num_seqs} slots",
             f"workspace  {size(self.workspace):>10}",
             f"total      {size(self.total):>10}",
@@ -152,7 +152,7 @@ def _longest(config: EngineConfig, facts: ModelConfig) -> int:
     asked = int(config.max_model_len)
     if asked > facts.max_len:
         raise ConfigError(
-            f"`max_model_len` is {asked:,}, but the model was trained for {facts.max_len:,} tokens; "
+            f"`max_model_len` is {asked:,}, but the model was trained for {facts.max_len:,}; "
             f"use --max-model-len {facts.max_len}"
         )
     return asked
@@ -170,7 +170,7 @@ def _dims(
         max_len=longest,
         vocab=model.config.V,
         groups=tuple(PageGroup(windows[g], 0) for g in sorted(windows)),
-        controls=CONTROLS,
+        controls=NS,
         max_chunk=budget,
     )
 
@@ -230,7 +230,7 @@ def _state_bytes(dims: Dims) -> int:
 
 
 def _workspace_bytes(model: Model, dims: Dims, dtype: Any) -> int:
-    """An upper estimate of a step's temporary memory; the compiled programs are asked once they exist."""
+    """An upper estimate of a step's temporary memory; the programs are asked once they exist."""
     heads, kv_heads, head = model.attention
     tokens = dims.slots + dims.max_chunk
     width = max(model.config.F * 2, (heads + 2 * kv_heads) * head, model.config.E * 4)
@@ -253,7 +253,8 @@ def _too_big(
     if usable < weights:
         hint = "use a smaller model, --dtype bfloat16, or a device with more memory"
     return (
-        f"the model does not fit: {size(weights)} of weights and {size(spent - weights)} of workspace "
-        f"leave {size(max(0, left))} of the {size(usable)} usable ({size(limit)} on {backend.name}), "
-        f"and one sequence of {dims.max_len:,} tokens needs {size(math.ceil(least))} of cache; {hint}"
+        f"the model does not fit: {size(weights)} of weights and {size(spent - weights)} of "
+        f"workspace leave {size(max(0, left))} of the {size(usable)} usable ({size(limit)} on "
+        f"{backend.name}), and one sequence of {dims.max_len:,} tokens needs "
+        f"{size(math.ceil(least))} of cache; {hint}"
     )

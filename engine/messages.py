@@ -1,7 +1,7 @@
 """What crosses between an API process and the engine process. No jax here.
 
-Everything is a `msgspec` struct encoded as msgpack; what is many tokens at once is raw little-endian
-bytes, so that a step of 256 sequences is one small message and not 256 objects.
+Everything is a `msgspec` struct encoded as msgpack; what is many tokens at once is raw
+little-endian bytes, so that a step of 256 sequences is one small message and not 256 objects.
 """
 
 import msgspec

@@ -1,9 +1,9 @@
 """Pages on the device: pop, push, share and release, as pure functions of a PageState.
 
 Only the device pops; only the host decides, by id, what is pushed back. The functions use few
-operations, so that every backend compiles them: shifts and masks instead of division, flat in-bounds
-indices, no sort, no cond. A table cell outside [first, held) is 0, which lets every masked write be an
-addition of 0 to some cell in bounds.
+operations, so that every backend compiles them: shifts and masks instead of division, flat
+in-bounds indices, no sort, no cond. A table cell outside [first, held) is 0, which lets every
+masked write be an addition of 0 to some cell in bounds.
 """
 
 import jax
@@ -40,8 +40,8 @@ def share(
 ) -> PageState:
     """Write the pages that newly admitted slots begin with.
 
-    slot, first, held i32[A], used bool[A]: slot[a] gets the next held[a] - first[a] of ids i32[U] as its
-    pages first[a] .. held[a] - 1. The slots were cleared before.
+    slot, first, held i32[A], used bool[A]: slot[a] gets the next held[a] - first[a] of ids i32[U]
+    as its pages first[a] .. held[a] - 1. The slots were cleared before.
     """
     slots, per_slot = pages.table.shape
     first, held = jnp.where(used, first, 0), jnp.where(used, held, 0)
@@ -53,7 +53,9 @@ def share(
     cell = slot[owner] * per_slot + first[owner] + entry - (end - count)[owner]
     cell = jnp.where(valid, cell, 0)
     table = pages.table.reshape(-1).at[cell].add(jnp.where(valid, ids, 0))
-    onehot = used[:, None] & (slot[:, None] == jnp.arange(slots, dtype=jnp.int32)[None, :])  # [A, B]
+    onehot = used[:, None] & (
+        slot[:, None] == jnp.arange(slots, dtype=jnp.int32)[None, :]
+    )  # [A, B]
     return pages.replace(
         table=table.reshape(slots, per_slot),
         first=pages.first + jnp.sum(jnp.where(onehot, first[:, None], 0), axis=0),
@@ -65,7 +67,9 @@ def advance_window(pages: PageState, first: jax.Array) -> PageState:
     """Forget the pages below first (i32[B]; 0 where nothing changes): a window moved past them."""
     first = jnp.minimum(jnp.maximum(pages.first, first), pages.held)
     index = jnp.arange(pages.table.shape[1], dtype=jnp.int32)
-    return pages.replace(table=jnp.where(index[None, :] < first[:, None], 0, pages.table), first=first)
+    return pages.replace(
+        table=jnp.where(index[None, :] < first[:, None], 0, pages.table), first=first
+    )
 
 
 def grow(
@@ -73,10 +77,10 @@ def grow(
 ) -> tuple[PageState, jax.Array, jax.Array]:
     """Pop a page for every token that begins one.
 
-    slot, position i32[N], real bool[N]; a slot's tokens continue where its held pages may end, so a page
-    that is missing begins with a token of this step. Pages go out in the order of the tokens.
-    Returns the new state, dest i32[N] (page * S + position % S; a cell of the trash page for padding)
-    and count i32[]: the pages taken are free_stack[free_top - 1 - i] of the state before.
+    slot, position i32[N], real bool[N]; a slot's tokens continue where its held pages may end, so a
+    page that is missing begins with a token of this step. Pages go out in the order of the tokens.
+    Returns the new state, dest i32[N] (page * S + position % S; a cell of the trash page for
+    padding) and count i32[]: the pages taken are free_stack[free_top - 1 - i] of the state before.
     """
     slots, per_slot = pages.table.shape
     mask = (1 << shift) - 1

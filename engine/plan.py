@@ -2,9 +2,9 @@
 
     stops | moves | returned pages | admissions | shared pages | window advances | uploads | chunks
 
-Every segment has a fixed place, so one program reads any plan. The host fills a `Draft` and packs it
-once; a packed vector is never written again (the transfer may alias it). The device side of the same
-layout is `unpack`, which gives a `Plan` of arrays.
+Every segment has a fixed place, so one program reads any plan. The host fills a `Draft` and packs
+it once; a packed vector is never written again (the transfer may alias it). The device side of the
+same layout is `unpack`, which gives a `Plan` of arrays.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ ADMISSIONS = 16  # admissions in one plan
 CHUNKS = 32  # prompt chunks in one plan
 PIECES = 48  # upload pieces in one plan
 # Fields of one admission before its stop ids, sampling columns and per-group pages.
-SCALARS = ("slot", "length", "prompt_len", "limit", "min_tokens", "seed", "choice", "adapter")
+SCALARS = ("slot", "length", "prompt_len", "limit", "min_tokens", "seed", "seed_high", "adapter")
 HISTORY, BIAS_IDS, BIAS_VALUES = range(3)  # kinds of upload
 
 
@@ -110,8 +110,7 @@ class Admission:
     prompt_len: int
     limit: int
     min_tokens: int
-    seed: int  # 32 bits
-    choice: int
+    seed: int  # 64 bits
     stop_ids: list[int]
     sampling: np.ndarray  # f32[NS]
     pages: list[tuple[int, np.ndarray]]  # per group: first page index, then the shared page ids
@@ -198,15 +197,15 @@ class Packer:
     def _pack_admissions(self, view: dict[str, np.ndarray], admissions: list[Admission]) -> None:
         used = [0] * len(self.dims.groups)
         for i, a in enumerate(admissions):
-            seed = int(np.array(a.seed & 0xFFFFFFFF, np.uint32).view(np.int32))
+            low, high = np.array([a.seed & (2**64 - 1)], np.uint64).view(np.int32).tolist()
             view["admission"][i] = (
                 a.slot,
                 a.length,
                 a.prompt_len,
                 a.limit,
                 a.min_tokens,
-                seed,
-                a.choice,
+                low,
+                high,
                 a.adapter,
             )
             view["stop_ids"][i] = -1

@@ -1,8 +1,8 @@
 """A page pool as the host knows it: who refers to which page, and how many are surely free.
 
-The device pops pages by itself, so the host learns late which ones went where. `bound` is what it may
-count on meanwhile: never more than the free pages the device will have after every dispatched step.
-Host code: no jax, no clock.
+The device pops pages by itself, so the host learns late which ones went where. `bound` is what it
+may count on meanwhile: never more than the free pages the device will have after every dispatched
+step. Host code: no jax, no clock.
 """
 
 from collections.abc import Iterable

@@ -1,8 +1,8 @@
 """The prefix index: which page holds which tokens, so that prompts that begin alike share pages.
 
-Only full pages are indexed, by a chained hash: a page's name covers every token before it. The chain
-starts from the salt, the adapter and the cache's dtype, so pages are shared only where they are equal.
-Host code: no jax, no clock.
+Only full pages are indexed, by a chained hash: a page's name covers every token before it. The
+chain starts from the salt, the adapter and the cache's dtype, so pages are shared only where they
+are equal. Host code: no jax, no clock.
 """
 
 import hashlib
@@ -16,7 +16,9 @@ def seed_hash(salt: str, adapter: int, kv_dtype: str) -> bytes:
     return hashlib.sha256(f"{adapter}|{kv_dtype}|{salt}".encode()).digest()
 
 
-def extend_hashes(hashes: list[bytes], seed: bytes, tokens: np.ndarray, pages: int, size: int) -> None:
+def extend_hashes(
+    hashes: list[bytes], seed: bytes, tokens: np.ndarray, pages: int, size: int
+) -> None:
     """Extend a chain of page names until it covers `pages` full pages of `tokens` (i32)."""
     parent = hashes[-1] if hashes else seed
     for page in range(len(hashes), pages):
@@ -25,7 +27,7 @@ def extend_hashes(hashes: list[bytes], seed: bytes, tokens: np.ndarray, pages: i
 
 
 class PrefixIndex:
-    """One page group's index: name to page, and the pages that no row uses in order of their last use."""
+    """One group's index: name to page, and the pages no row uses in order of their last use."""
 
     def __init__(self) -> None:
         self._page: dict[bytes, int] = {}
@@ -48,7 +50,7 @@ class PrefixIndex:
         return self._page.get(name, 0)
 
     def insert(self, name: bytes, page: int) -> None:
-        """Name a page that a row uses. On equal names the first wins and the newcomer stays private."""
+        """Name a page that a row uses. On equal names the first wins, the other stays private."""
         if name not in self._page and page not in self._name:
             self._page[name] = page
             self._name[page] = name

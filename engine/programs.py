@@ -1,12 +1,12 @@
 """The compiled programs: all of them before ready, in parallel, from a persistent cache.
 
-    edit                    1
-    forward (R, T)          the decode buckets of R with T = 0, and the prompt buckets of T at full R
-    sample (R)              plain, and rich (masks and log probabilities)
-    score (T)               log probabilities of prompt tokens
-    step (R, T)             forward and sample in one program, where the backend prefers that
+    edit                    1 forward (R, T)          the decode buckets of R with T = 0, and the
+    prompt buckets of T at full R sample (R)              plain, and rich (masks and log
+    probabilities) score (T)               log probabilities of prompt tokens step (R, T)
+    forward and sample in one program, where the backend prefers that
 
-Every leaf of the state has a leading `data` axis, which a mesh will shard; a program sees one shard.
+Every leaf of the state has a leading `data` axis, which a mesh will shard; a program sees one
+shard.
 """
 
 import os
@@ -117,7 +117,9 @@ class Programs:
                 targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
                 function = _score(machine, self._most_logprobs())
                 place = self._put(self.score, tokens)
-                jobs.append((f"score {tokens} tokens", place, function, (params, hidden, targets), ()))
+                jobs.append(
+                    (f"score {tokens} tokens", place, function, (params, hidden, targets), ())
+                )
             elif not tokens:
                 jobs += self._sample_jobs(params, state, passed, rows)
         return jobs

@@ -1,8 +1,8 @@
 """The one place where the host reads the device.
 
-Every read is counted. A read that finds its result ready costs nothing; one that waits while a later
-step is in flight only paces the host; one that waits with nothing behind it lets the device idle, and
-is a stall.
+Every read is counted. A read that finds its result ready costs nothing; one that waits while a
+later step is in flight only paces the host; one that waits with nothing behind it lets the device
+idle, and is a stall.
 """
 
 import time

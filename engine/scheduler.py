@@ -2,8 +2,9 @@
 
     stops -> returned pages -> continue prompts -> admit -> make room -> pick the buckets
 
-Strict order: nobody overtakes a prompt that waits for a slot or for pages. `schedule` changes the host
-mirrors and returns a Launch, or None when nothing can be dispatched now. Host code: no jax, no clock.
+Strict order: nobody overtakes a prompt that waits for a slot or for pages. `schedule` changes the
+host mirrors and returns a Launch, or None when nothing can be dispatched now. Host code: no jax, no
+clock.
 """
 
 import numpy as np
@@ -91,7 +92,7 @@ def make_room(host: Host, chunks: list[tuple[Sequence, int, int, bool]]) -> bool
 
 
 def stop(host: Host, sequence: Sequence, phase: Phase) -> None:
-    """Take a running sequence out at the next plan; its slot and pages return with that plan's harvest."""
+    """Take a sequence out at the next plan; slot and pages return with that plan's harvest."""
     sequence.phase = phase
     host.decoding[sequence.slot] = False
     host.muted[sequence.slot] = phase is Phase.STOPPING

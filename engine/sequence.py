@@ -33,6 +33,7 @@ class Sequence:
     limit: int  # prompt and output together end here
     stop_ids: list[int]
     controls: np.ndarray  # f32[NS] see pallas_kernels.sampling.Controls
+    seed: int = 0  # 64 bits
     kv_dtype: str = ""
     parent: "Sequence | None" = None  # choice 0 of the same request, until its prompt has run
     phase: Phase = Phase.WAITING
@@ -41,11 +42,11 @@ class Sequence:
     retried: bool = False  # a step failed while it ran, and it began again
     prompt_scored: int = 1  # prompt positions whose log probabilities were sent; the first has none
     hashes: list[bytes] = field(default_factory=list)
-    seed: bytes = b""
+    root: bytes = b""  # the name of the empty prefix
     deadline: float = 0.0
 
     def __post_init__(self) -> None:
-        self.seed = seed_hash(self.request.cache_salt, 0, self.kv_dtype)
+        self.root = seed_hash(self.request.cache_salt, 0, self.kv_dtype)
 
     @property
     def order(self) -> tuple[int, int]:

@@ -11,9 +11,7 @@ IN_PROMPT = 0x8000  # bit 15 of SlotState.counts
 
 def stop(slots: SlotState, which: jax.Array) -> SlotState:
     """The slots in `which` (bool[B]) decode no more."""
-    return slots.replace(
-        active=slots.active & ~which, length=jnp.where(which, 0, slots.length)
-    )
+    return slots.replace(active=slots.active & ~which, length=jnp.where(which, 0, slots.length))
 
 
 def move_rows(slots: SlotState, src: jax.Array, dst: jax.Array) -> SlotState:
@@ -43,7 +41,7 @@ def admit(slots: SlotState, plan: Plan) -> SlotState:
         return jnp.where(taken.reshape(taken.shape + trail), picked, old)
 
     seed = jax.lax.bitcast_convert_type(
-        jnp.stack([column["seed"], column["choice"]], axis=1), jnp.uint32
+        jnp.stack([column["seed"], column["seed_high"]], axis=1), jnp.uint32
     )
     nothing = jnp.zeros_like(slots.bias[:1])
     spared = jnp.concatenate([taken, jnp.zeros((1,), jnp.bool_)])[:, None]

@@ -1,8 +1,8 @@
 """Device-side state: all that one step reads and writes, as one pytree.
 
 A step consumes a state and returns the next; every leaf is donated, so the old one is gone. Axis
-letters as in docs/design.md: B slots, M pages per slot, P pages in a pool, S tokens per page, Q tokens
-per decode row, V vocabulary, X the longest sequence.
+letters as in docs/design.md: B slots, M pages per slot, P pages in a pool, S tokens per page, Q
+tokens per decode row, V vocabulary, X the longest sequence.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-STOP_IDS = 8  # stop tokens checked on the device; a request with more has the rest checked by the host
+STOP_IDS = (
+    8  # stop tokens checked on the device; a request with more has the rest checked by the host
+)
 BIAS = 256  # logit_bias entries per slot
 
 
@@ -44,7 +46,7 @@ class SlotState:
     last: jax.Array  # i32[B, Q] the sampled tokens that were not run yet
     stop_ids: jax.Array  # i32[B, 8] tokens that end the sequence; -1 pads
     sampling: jax.Array  # f32[B, NS] see pallas_kernels.sampling.Controls
-    seed: jax.Array  # u32[B, 2] the request's seed and its choice number
+    seed: jax.Array  # u32[B, 2] the request's seed, low half first
     adapter: jax.Array  # i32[B] 0 is the base model
     history: jax.Array  # i32[B + 1, X] the tokens by position; valid up to `length` (and `last`)
     counts: jax.Array  # u16[B, V] bit 15: in the prompt; the rest: times generated

@@ -1,11 +1,12 @@
-"""One step: edit, forward, sample. Three pure functions of the state, and `step` is their composition.
+"""One step: edit, forward, sample. Three pure functions of the state, and their composition.
 
     edit(state, plan)             stops, moves, returned pages, admissions, uploads
     forward(params, state, plan)  pop pages, run R decode rows and T chunk tokens, advance lengths
     sample(params, state, hidden) logits to tokens, mark the finished
 
-A steady decode step needs no plan: the device knows every slot's next token, length and page. Shapes
-are static: R (decode rows; row r is slot r, and every slot touched is below R) and T (chunk tokens).
+A steady decode step needs no plan: the device knows every slot's next token, length and page.
+Shapes are static: R (decode rows; row r is slot r, and every slot touched is below R) and T (chunk
+tokens).
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from octavo.engine.state import Dims, EngineState, SlotState
 from octavo.models.ops import AttentionSpec, Ops
 from octavo.models.registry import Model
 from octavo.pallas_kernels.attention.batch import RaggedBatch
-from octavo.pallas_kernels.sampling import Controls, sample_tokens, top_logprobs
+from octavo.pallas_kernels.sampling import Controls, Edits, count_generated, top_logprobs
+from octavo.pallas_kernels.sampling import sample as sample_tokens
 
 # Bits of a row's flags in the result.
 LIVE, FINISHED, BY_STOP = 1, 2, 4
@@ -152,7 +154,8 @@ def forward(
     """Run R decode rows and T chunk tokens; vector may be None where T is 0.
 
     Returns the state with keys, values, pages and lengths advanced, what sampling needs, and the
-    pages taken, one i32 vector:  per group: free_top after, count, then the pages [R + T / S + CHUNKS].
+    pages taken, one i32 vector:  per group: free_top after, count, then the pages [R + T / S +
+    CHUNKS].
     """
     dims, slots = machine.dims, state.slots
     chunk = jnp.zeros((CHUNKS, 4), jnp.int32) if vector is None else chunk_segment(dims, vector)
@@ -218,27 +221,25 @@ def sample(
 ) -> tuple[EngineState, jax.Array, tuple[jax.Array, ...]]:
     """Turn hidden states into tokens and mark the finished.
 
-    mask u32[R, ceil(V / 32)]: bit v of a row allows token v. logprobs > 0 also returns the likeliest.
-    Returns the state, rows i32[4, R] (flags, token, logprob bits, length after), and with logprobs
-    (ids i32[R, k], logprobs f32[R, k], rank i32[R]), else an empty tuple.
+    mask u32[R, ceil(V / 32)]: bit v of a row allows token v. logprobs > 0 also returns the
+    likeliest. Returns the state, rows i32[4, R] (flags, token, logprob bits, length after), and
+    with logprobs (ids i32[R, k], logprobs f32[R, k], rank i32[R]), else an empty tuple.
     """
     slots, live = state.slots, passed.live
     rows = live.shape[0]
     logits = machine.model.logits(params, passed.hidden, _ops(machine, ()))  # f32[R, V]
     length, generated = slots.length[:rows], (slots.length - slots.prompt_len)[:rows]
-    token, logprob = sample_tokens(
-        logits,
-        Controls.unpack(slots.sampling[:rows]),
-        seed=slots.seed[:rows],
-        position=length,
-        counts=slots.counts[:rows] if machine.dims.counts else None,
+    edits = Edits(
+        allowed=mask,
+        stop_ids=slots.stop_ids[:rows],
+        below_min=generated < slots.min_tokens[:rows],
         bias_ids=slots.bias_ids[:rows],
         bias=slots.bias[:rows],
-        banned=jnp.where(
-            (generated < slots.min_tokens[:rows])[:, None], slots.stop_ids[:rows], -1
-        ),
-        mask=mask,
-        logprob=logprobs > 0,
+        counts=slots.counts[:rows] if machine.dims.counts else None,
+    )
+    controls = Controls.unpack(slots.sampling[:rows])
+    token, logprob = sample_tokens(
+        logits, controls, slots.seed[:rows], length, edits, logprobs=logprobs > 0
     )
     by_stop = live & jnp.any(token[:, None] == slots.stop_ids[:rows], axis=1)
     by_stop = by_stop & (generated + 1 >= slots.min_tokens[:rows])
@@ -260,9 +261,7 @@ def sample(
     return state.replace(slots=slots), packed, extra
 
 
-def _advance(
-    slots: SlotState, token: jax.Array, live: jax.Array, finished: jax.Array
-) -> SlotState:
+def _advance(slots: SlotState, token: jax.Array, live: jax.Array, finished: jax.Array) -> SlotState:
     """Remember the sampled tokens; rows that were not live stay as they are."""
     rows = token.shape[0]
     row = jnp.arange(rows, dtype=jnp.int32)
@@ -273,8 +272,7 @@ def _advance(
     history = slots.history.reshape(-1).at[cell].set(token).reshape(slots.history.shape)
     counts = slots.counts
     if counts.shape[1] > 1:
-        flat = row * counts.shape[1] + token
-        counts = counts.reshape(-1).at[flat].add(live.astype(counts.dtype)).reshape(counts.shape)
+        counts = counts.at[:rows].set(count_generated(counts[:rows], token, live))
     last = jnp.where(live, token, slots.last[:rows, 0])
     return slots.replace(
         active=slots.active.at[:rows].set(jnp.where(live, ~finished, slots.active[:rows])),
@@ -289,8 +287,9 @@ def score(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Log probabilities of a prompt's own tokens.
 
-    hidden [T, E], targets i32[T]: the token that follows each. Returns ids i32[T, k], their logprobs
-    f32[T, k], the targets' f32[T] and ranks i32[T]. Blocks of tokens bound the memory of the logits.
+    hidden [T, E], targets i32[T]: the token that follows each. Returns ids i32[T, k], their
+    logprobs f32[T, k], the targets' f32[T] and ranks i32[T]. Blocks of tokens bound the memory of
+    the logits.
     """
     block = next(n for n in (64, 32, 16, 8, 4, 2, 1) if hidden.shape[0] % n == 0)
 
