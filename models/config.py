@@ -8,6 +8,7 @@ and with the architecture names that GGUF files use.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 # Architecture or model_type, of Hugging Face or of GGUF: the family that reads it.
@@ -163,11 +164,11 @@ def _number(raw: Mapping[str, Any], key: str, default: int | None = None) -> int
     value = raw.get(key, default)
     if value is None:
         raise ModelConfigError(f"config.json has no {key!r}, which this model family needs")
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) <= 0:
         raise ModelConfigError(
             f"config.json says {key} is {value!r}; it must be a whole number above 0"
         )
-    return value
+    return index(value)
 
 
 def _parse(family: str, architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
@@ -196,7 +197,7 @@ def _parse(family: str, architecture: str, raw: Mapping[str, Any]) -> ModelConfi
         H=H,
         K=K,
         D=D,
-        F=_number(raw, "intermediate_size"),
+        F=_number(raw, "intermediate_size", raw.get("moe_intermediate_size")),
         eps=float(raw["rms_norm_eps"]),
         max_len=max_len,
         rope=rope,
@@ -247,7 +248,8 @@ def _expert_fields(family: str, raw: Mapping[str, Any], L: int) -> dict[str, Any
         dense, every = set(raw.get("mlp_only_layers") or ()), raw.get("decoder_sparse_step", 1)
         sparse = tuple(i not in dense and (i + 1) % every == 0 for i in range(L))
     width = raw.get("moe_intermediate_size") or raw["intermediate_size"]
-    norm = bool(raw.get("norm_topk_prob", False))
+    gguf = raw.get("architectures") == ["qwen3moe"]  # these files do not say, and all mean yes
+    norm = bool(raw.get("norm_topk_prob", gguf))
     return {"X": X, "top_k": top_k, "expert_F": width, "norm_top_k": norm, "sparse": sparse}
 
 
@@ -278,10 +280,11 @@ def _ropes(
     """The rope of all layers, or of the full and of the window layers."""
     given: dict[str, Any] = dict(raw.get("rope_parameters") or {})
     if family == "gemma3":
-        full = given.get("full_attention") or raw.get("rope_scaling") or {}
-        local = given.get("sliding_attention") or {}
+        local = given.pop("sliding_attention", None) or {}
+        full = given.pop("full_attention", None) or given or raw.get("rope_scaling") or {}
         theta = {"rope_theta": raw.get("rope_local_base_freq", 10_000.0)}
         return _rope(raw, full, max_len), _rope(raw, theta | local, max_len)
+    given = given.get("full_attention") or given
     return _rope(raw, given | (raw.get("rope_scaling") or {}), max_len), None
 
 

@@ -67,6 +67,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def embed(params: Decoder, tokens: jax.Array) -> jax.Array:
+    """tokens i32[N] -> [N, E]. An id outside the vocabulary takes the nearest row."""
+    return params.embed.at[tokens].get(mode="clip")
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
     """x / rms(x) * (offset + weight) over the last axis, in float32."""
     wide = x.astype(jnp.float32)

@@ -19,6 +19,7 @@ from octavo.models.layers import (
     attention,
     attention_tensors,
     decoder_tensors,
+    embed,
     gated_mlp,
     mlp_tensors,
     rms_norm,
@@ -75,6 +76,6 @@ def forward(
         x = x + a
         return x + feed_forward(config, w.mlp, rms_norm(x, w.norm2, config.eps), ops), kv
 
-    x = params.embed[tokens]
+    x = embed(params, tokens)
     x, cache = ops.layers(block, x, params.layers, cache, fixed.specs)
     return rms_norm(x, params.norm, config.eps), cache

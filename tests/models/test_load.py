@@ -109,6 +109,16 @@ def _forward(model: Model, params: Any) -> Any:
     return model.forward(params, positions, positions, cache, plain_ops(positions))
 
 
+def test_a_dropped_window_keeps_its_own_theta() -> None:
+    theirs, _, tensors = setup("gemma3", tie_word_embeddings=True)
+    config = ModelConfig.from_hf(theirs.config.to_dict() | {"architectures": ["Gemma3ForCausalLM"]})
+    model = build(config, 8)
+    assert {s.window for s in model.layer_specs} == {0}
+    params = load_params(model, tensors.__getitem__, tensors, np.float32)
+    want = torch_logits(theirs, prompt(8))
+    np.testing.assert_allclose(Sequence(model, params)(prompt(8)), want, atol=1e-4, rtol=0)
+
+
 def test_bfloat16_stays_close_to_float32() -> None:
     # Some twenty roundings of 2**-9 relative error each, added as if independent: about 1 %.
     _, model, tensors = setup()
