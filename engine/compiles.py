@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import jax.monitoring
 
@@ -26,7 +25,7 @@ class CompileWatch:
                 jax.monitoring.register_event_duration_secs_listener(self._on_event)
                 self._listening = True
 
-    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _EVENT and not self._building:
             with self._lock:
                 self.unexpected += 1

@@ -1,6 +1,7 @@
 """The device side of the run loop: dispatches launches, and holds the state between steps."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -78,7 +79,7 @@ class Device:
                 targets = jax.device_put(self._targets(host, flight)[None])
                 score = self.programs.score[launch.tokens]
                 flight.scores = score(self.params, passed.chunk_hidden, targets)
-            passed = passed.replace(chunk_hidden=None)
+            passed = replace(passed, chunk_hidden=None)
             if launch.rich:
                 mask = jax.device_put(self.masks.build(host, flight)[None])
                 rich = self.programs.rich[launch.rows]
@@ -128,7 +129,7 @@ class Device:
 
 def use_cache(folder: str) -> None:
     """Keep compiled programs in `folder` between runs."""
-    if folder == "none" or jax.config.jax_compilation_cache_dir:
+    if folder == "none" or jax.config.values["jax_compilation_cache_dir"]:
         return
     if folder == "auto":
         from pathlib import Path

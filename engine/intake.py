@@ -101,9 +101,7 @@ class Intake:
         for name, given in ids.items():
             for token in given:
                 if not 0 <= token < vocab:
-                    raise Refused(
-                        f"`{name}` names token {token}, outside the vocabulary of {vocab:,}"
-                    )
+                    raise Refused(f"`{name}` names token {token}, outside the {vocab:,} there are")
 
 
 def _controls(sampling: SamplingParams, choice: int) -> np.ndarray:

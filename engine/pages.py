@@ -6,6 +6,8 @@ in-bounds indices, no sort, no cond. A table cell outside [first, held) is 0, wh
 masked write be an addition of 0 to some cell in bounds.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
@@ -18,12 +20,13 @@ def push(pages: PageState, ids: jax.Array, count: jax.Array) -> PageState:
     ids i32[U] (the rest is garbage that lands above the top, where nothing is read), count i32[].
     """
     stack = jax.lax.dynamic_update_slice(pages.free_stack, ids, (pages.free_top,))
-    return pages.replace(free_stack=stack, free_top=pages.free_top + count)
+    return replace(pages, free_stack=stack, free_top=pages.free_top + count)
 
 
 def clear(pages: PageState, which: jax.Array) -> PageState:
     """The slots in `which` (bool[B]) hold nothing any more; their pages are the host's to push."""
-    return pages.replace(
+    return replace(
+        pages,
         table=jnp.where(which[:, None], 0, pages.table),
         first=jnp.where(which, 0, pages.first),
         held=jnp.where(which, 0, pages.held),
@@ -56,7 +59,8 @@ def share(
     onehot = used[:, None] & (
         slot[:, None] == jnp.arange(slots, dtype=jnp.int32)[None, :]
     )  # [A, B]
-    return pages.replace(
+    return replace(
+        pages,
         table=table.reshape(slots, per_slot),
         first=pages.first + jnp.sum(jnp.where(onehot, first[:, None], 0), axis=0),
         held=pages.held + jnp.sum(jnp.where(onehot, held[:, None], 0), axis=0),
@@ -67,8 +71,8 @@ def advance_window(pages: PageState, first: jax.Array) -> PageState:
     """Forget the pages below first (i32[B]; 0 where nothing changes): a window moved past them."""
     first = jnp.minimum(jnp.maximum(pages.first, first), pages.held)
     index = jnp.arange(pages.table.shape[1], dtype=jnp.int32)
-    return pages.replace(
-        table=jnp.where(index[None, :] < first[:, None], 0, pages.table), first=first
+    return replace(
+        pages, table=jnp.where(index[None, :] < first[:, None], 0, pages.table), first=first
     )
 
 
@@ -92,7 +96,8 @@ def grow(
     table = pages.table.reshape(-1).at[cell].add(page)
     count = jnp.sum(new)
     dest = jnp.where(real, (table[cell] << shift) + (position & mask), position & mask)
-    pages = pages.replace(
+    pages = replace(
+        pages,
         table=table.reshape(slots, per_slot),
         held=pages.held.at[slot].add(new),
         free_top=pages.free_top - count,
@@ -110,6 +115,6 @@ def move_rows(pages: PageState, src: jax.Array, dst: jax.Array) -> PageState:
         row = jax.lax.dynamic_index_in_dim(leaf, src, keepdims=True)
         return jax.lax.dynamic_update_slice_in_dim(leaf, row, dst, axis=0)
 
-    moved = pages.replace(table=copy(pages.table), first=copy(pages.first), held=copy(pages.held))
+    moved = replace(pages, table=copy(pages.table), first=copy(pages.first), held=copy(pages.held))
     rows = jnp.arange(pages.table.shape[0], dtype=jnp.int32)
     return clear(moved, (rows == src) & (src != dst))

@@ -12,7 +12,7 @@ shard.
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -72,7 +72,7 @@ class Programs:
         """Compile everything. params: arrays or ShapeDtypeStructs."""
         state = jax.eval_shape(lambda: new_state(self.machine, init_kv))
         jobs = self._jobs(jax.tree.map(_abstract, params), state, init_kv)
-        options = dict(self.machine.backend.compiler_options) or None
+        options: Any = dict(self.machine.backend.compiler_options) or None
         done = 0
         with WATCH.building(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
@@ -127,7 +127,7 @@ class Programs:
     def _sample_jobs(self, params: Any, state: Any, passed: Any, rows: int) -> list[Any]:
         """Sampling sees the same rows whether or not there were chunk tokens beside them."""
         machine = self.machine
-        rows_only = passed.replace(chunk_hidden=None)
+        rows_only = replace(passed, chunk_hidden=None)
         mask = jax.ShapeDtypeStruct((1, rows, mask_words(machine.dims.vocab)), jnp.uint32)
         rich = _rich(machine, self._most_logprobs())
         plain = (params, state, rows_only)

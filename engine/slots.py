@@ -1,5 +1,7 @@
 """Slots on the device: stop, move, admit and upload, as pure functions of a SlotState."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,7 @@ IN_PROMPT = 0x8000  # bit 15 of SlotState.counts
 
 def stop(slots: SlotState, which: jax.Array) -> SlotState:
     """The slots in `which` (bool[B]) decode no more."""
-    return slots.replace(active=slots.active & ~which, length=jnp.where(which, 0, slots.length))
+    return replace(slots, active=slots.active & ~which, length=jnp.where(which, 0, slots.length))
 
 
 def move_rows(slots: SlotState, src: jax.Array, dst: jax.Array) -> SlotState:
@@ -45,7 +47,8 @@ def admit(slots: SlotState, plan: Plan) -> SlotState:
     )
     nothing = jnp.zeros_like(slots.bias[:1])
     spared = jnp.concatenate([taken, jnp.zeros((1,), jnp.bool_)])[:, None]
-    return slots.replace(
+    return replace(
+        slots,
         active=slots.active & ~taken,
         length=place(slots.length, column["length"]),
         prompt_len=place(slots.prompt_len, column["prompt_len"]),
@@ -77,7 +80,8 @@ def upload(slots: SlotState, plan: Plan) -> SlotState:
         cell = jnp.where(mine, row * width + column, trash * width)
         return leaf.reshape(-1).at[cell].set(values).reshape(leaf.shape)
 
-    return slots.replace(
+    return replace(
+        slots,
         history=scatter(slots.history, HISTORY, plan.upload),
         bias_ids=scatter(slots.bias_ids, BIAS_IDS, plan.upload),
         bias=scatter(

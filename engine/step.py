@@ -9,7 +9,7 @@ Shapes are static: R (decode rows; row r is slot r, and every slot touched is be
 tokens).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -99,7 +99,7 @@ def edit(machine: Machine, state: EngineState, vector: jax.Array) -> EngineState
     for i in range(plan.move_src.shape[0]):
         slots = slot_ops.move_rows(slots, plan.move_src[i], plan.move_dst[i])
     slots = slot_ops.upload(slot_ops.admit(slots, plan), plan)
-    return state.replace(slots=slots, pages=tuple(groups))
+    return replace(state, slots=slots, pages=tuple(groups))
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ def forward(
     at = rows + jnp.sum(jnp.where(ends, last[:, None], 0), axis=0)[:rows]
     row = jnp.arange(rows, dtype=jnp.int32)
     picked = hidden[jnp.where(final, at, row)] if tokens else hidden
-    state = state.replace(
-        slots=slots.replace(length=slots.length + ran), pages=tuple(groups), kv=kv
+    state = replace(
+        state, slots=replace(slots, length=slots.length + ran), pages=tuple(groups), kv=kv
     )
     live = slots.active[:rows] | final
     return state, Passed(picked, hidden[rows:], live), jnp.concatenate(taken)
@@ -258,7 +258,7 @@ def sample(
     if logprobs:
         ids, values, _, rank = top_logprobs(logits, token, logprobs)
         extra = (ids, values, rank)
-    return state.replace(slots=slots), packed, extra
+    return replace(state, slots=slots), packed, extra
 
 
 def _advance(slots: SlotState, token: jax.Array, live: jax.Array, finished: jax.Array) -> SlotState:
@@ -274,7 +274,8 @@ def _advance(slots: SlotState, token: jax.Array, live: jax.Array, finished: jax.
     if counts.shape[1] > 1:
         counts = counts.at[:rows].set(count_generated(counts[:rows], token, live))
     last = jnp.where(live, token, slots.last[:rows, 0])
-    return slots.replace(
+    return replace(
+        slots,
         active=slots.active.at[:rows].set(jnp.where(live, ~finished, slots.active[:rows])),
         last=slots.last.at[:rows, 0].set(last),
         history=history,

@@ -42,7 +42,7 @@ class Ops:
     """The four operations a backend brings.
 
     attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, spec: AttentionSpec) -> ([N, H, D], cache)
-        stores this layer's keys and values in its pages, then attends. Which pages, which positions:
+        stores this layer's keys and values in its pages, then attends. Which pages and positions:
         the step knows, the model does not. `cache` is one layer's cache, opaque here.
     linear(x [N, in], Linear) -> [N, out...]
     grouped_linear(x [N, in], weight [X, in, out], sizes i32[X]) -> [N, out]
