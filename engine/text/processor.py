@@ -1,8 +1,8 @@
 """From the engine's batched messages to each request's output.
 
-One message carries a step's tokens of all sequences. For each live sequence: append, detokenize, look
-for stop strings and repetition; then, per request, build an output if its kind and interval ask for
-one. It runs beside whoever waits for the text, never in the engine's loop.
+One message carries a step's tokens of all sequences. For each live sequence: append, detokenize,
+look for stop strings and repetition; then, per request, build an output if its kind and interval
+ask for one. It runs beside whoever waits for the text, never in the engine's loop.
 """
 
 import time

@@ -82,7 +82,7 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one token adds to a text."""
         if self.pieces is not None:
-            return self.pieces.bytes(token)
+            return self.pieces.raw(token)
         return self.token_text(token).encode()
 
     def _id_of(self, name: str) -> int | None:
