@@ -112,7 +112,7 @@ def open_gguf(path: Path) -> Checkpoint:
     )
     config = config_of(everything)
     return Checkpoint(
-        path=path,
+        path=first.path,
         format="gguf",
         config=config,
         tensors=GGUFTensors(files, config),

@@ -74,7 +74,7 @@ def save(params: Any, checkpoint: Checkpoint, folder: str | Path) -> Path:
 
 def load(folder: str | Path, abstract_params: Any) -> Any:
     """The pytree like `abstract_params` (ShapeDtypeStruct leaves, with shardings if any)."""
-    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+    import orbax.checkpoint as ocp
 
     path = Path(folder).expanduser().resolve() / "params"
     try:
