@@ -42,22 +42,22 @@ class Tokenizer:
         self.eos_id = self._id_of("eos_token")
         self.pad_id = self._id_of("pad_token")
         self.pieces = Pieces.of(backend)
-        # None leaves it to the backend's own post-processor; True and False overrule it.
+        # None leaves it to the backend's own post-processor, which True and False switch off.
         self._add_bos = add_bos
         self._add_eos = add_eos
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. A rendered chat template brings its own special tokens."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ends = add_special_tokens and self._add_bos is None
+        ids: list[int] = self.backend.encode(text, add_special_tokens=ends).ids
         return self._with_ends(ids) if add_special_tokens else ids
 
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True
     ) -> list[list[int]]:
         """As `encode` for each text, on all cores."""
-        encodings = self.backend.encode_batch_fast(
-            list(texts), add_special_tokens=add_special_tokens
-        )
+        ends = add_special_tokens and self._add_bos is None
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=ends)
         ids = [encoding.ids for encoding in encodings]
         return [self._with_ends(row) for row in ids] if add_special_tokens else ids
 
@@ -90,12 +90,10 @@ class Tokenizer:
         return None if text is None else self.backend.token_to_id(text)
 
     def _with_ends(self, ids: list[int]) -> list[int]:
-        has_bos = bool(ids) and ids[0] == self.bos_id
-        if self._add_bos is True and not has_bos and self.bos_id is not None:
+        """A beginning and an end where the model wants them and the text did not bring them."""
+        if self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
-        elif self._add_bos is False and has_bos:
-            ids = ids[1:]
-        if self._add_eos and self.eos_id is not None and (not ids or ids[-1] != self.eos_id):
+        if self._add_eos and self.eos_id is not None and ids[-1:] != [self.eos_id]:
             ids = [*ids, self.eos_id]
         return ids
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "  ") -> None:
-    """Print aligned columns; a column whose cells all begin with a digit is set to the right."""
+    """Print aligned columns; a later column of digits is set to the right."""
     print(format_table(header, rows, indent))
 
 
@@ -13,7 +13,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: s
     lines = [tuple(header), *(tuple(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     numeric = [
-        bool(rows) and all(row[i][:1].isdigit() or row[i] in ("", "-") for row in rows)
+        i > 0 and bool(rows) and all(row[i][:1].isdigit() or row[i] in ("", "-") for row in rows)
         for i in range(len(header))
     ]
     return "\n".join(
