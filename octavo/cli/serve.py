@@ -1,0 +1,67 @@
+"""`octavo serve`: an OpenAI endpoint for one model."""
+
+import argparse
+import logging
+from dataclasses import MISSING, fields
+from typing import Any
+
+from octavo.cli.options import add_config_flags, config_from_args
+from octavo.engine.config import ConfigError
+from octavo.engine.process import CORE, MAX_CLIENTS
+from octavo.server.http import bind
+from octavo.server.settings import ServerSettings
+from octavo.server.worker import serve
+
+DESCRIPTION = """\
+Serve a model over HTTP, as OpenAI's API has it: /v1/chat/completions, /v1/completions, /v1/models.
+GET /health, /ready and /metrics are for probes and dashboards. SIGTERM or Ctrl-C lets open requests
+finish, then ends; a second one ends at once.
+
+examples:
+  octavo serve smollm2-135m
+  octavo serve ./my-model --host 0.0.0.0 --port 8000 --api-key secret --served-model-name mine
+"""
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser("serve", help="serve a model over HTTP", description=DESCRIPTION)
+    add_config_flags(parser)
+    group = parser.add_argument_group("endpoint")
+    for f in fields(ServerSettings):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        flag, shown = "--" + f.name.replace("_", "-"), f" (default: {default})" if default else ""
+        options: dict[str, Any] = {"help": f.metadata["help"] + shown, "default": default}
+        if isinstance(default, list):
+            options |= {"action": "append", "default": None, "metavar": "X"}
+        else:
+            options |= {"type": type(default), "metavar": f.metadata["metavar"]}
+        group.add_argument(flag, **options)
+
+
+def settings_from_args(args: argparse.Namespace) -> ServerSettings:
+    """ServerSettings of a parsed command line. Raises ConfigError."""
+    values = {f.name: getattr(args, f.name) for f in fields(ServerSettings)}
+    settings = ServerSettings(**{k: v for k, v in values.items() if v is not None})
+    for name, low, high in (
+        ("port", 0, 65535),
+        ("api_server_count", 1, MAX_CLIENTS),
+        ("shutdown_timeout", 0, 86400),
+        ("hung_after", 1, 86400),
+        ("max_body_bytes", 1024, 2**40),
+    ):
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise ConfigError(f"`{name}` must be from {low} to {high}, got {value}")
+    return settings
+
+
+def run(args: argparse.Namespace, core: str = CORE) -> int:
+    """Serve until a signal; 0 after a clean end, 1 if the engine died, 2 if it could not start."""
+    logging.basicConfig(format="octavo: %(message)s", level=logging.WARNING)
+    settings, config = settings_from_args(args), config_from_args(args)
+    listener = bind(settings)
+    try:
+        return serve(settings, config, listener, core)
+    finally:
+        listener.close()

@@ -1,0 +1,288 @@
+"""EngineClient: this process's end of the two sockets, and the generations that wait on it.
+
+One reader on the event loop decodes each step's message, hands it to the OutputProcessor and gives
+every RequestOutput to its Generation. A reader of a Generation owns it: when it goes away, so does
+the work.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+import zmq
+
+from octavo.engine.messages import Abort, AddRequest, Dead, FromEngine, Output, Ready, Stats
+from octavo.engine.process import (
+    HANDLE_MASK,
+    client_identity,
+    outputs_endpoint,
+    requests_endpoint,
+)
+from octavo.engine.text.outputs import RequestOutput
+from octavo.engine.text.processor import OutputProcessor
+from octavo.server.metrics import Metrics
+from octavo.server.protocol.errors import ApiError, unavailable
+
+HUNG_AFTER = 30.0  # seconds without a word from a ready engine
+WATCH = 0.25  # seconds between two looks at the engine's pulse
+RETRY_AFTER = 1  # seconds: a queue of thousands moves within one
+logger = logging.getLogger("octavo.server")
+
+
+class Generation:
+    """The outputs of one request, as they come. Iterate it once, and `cancel` it when done."""
+
+    def __init__(self, client: "EngineClient", request: AddRequest) -> None:
+        self.request_id = request.request_id
+        self.handles = range(request.handle, request.handle + request.sampling.n)
+        self.arrival = request.arrival
+        self._client = client
+        self._left = len(self.handles)  # sequences that have not ended
+        self._pending: list[RequestOutput] = []
+        self._error: ApiError | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._last: dict[int, float] = {}  # when each choice got its last token
+
+    async def __aiter__(self) -> AsyncIterator[list[RequestOutput]]:
+        """What has come since the last look: one item when the reader keeps up, more when not."""
+        while True:
+            if self._pending:
+                batch, self._pending = self._pending, []
+                yield batch
+            elif self._error is not None:
+                raise self._error
+            elif self._left == 0:
+                return
+            else:
+                self._wake = asyncio.get_running_loop().create_future()
+                await self._wake
+
+    def cancel(self) -> None:
+        """Nobody wants the rest; does nothing once all has ended."""
+        if self._left and self._error is None:
+            self._client.abort(self)
+
+    def put(self, output: RequestOutput, now: float, metrics: Metrics) -> None:
+        """One more output; called by the client's reader."""
+        if output.error:
+            metrics.finished["error"] += self._left
+            self.fail(ApiError(output.status, output.error))
+            return
+        for choice in output.outputs:
+            tokens = len(choice.token_ids)
+            last = self._last.get(choice.index)
+            if tokens and last is None:
+                metrics.first_token.observe(now - self.arrival)
+            elif tokens and last is not None:
+                metrics.between_tokens.observe((now - last) / tokens, tokens)
+            self._last[choice.index] = now
+            if choice.finish_reason is not None:
+                self._left -= 1
+                metrics.finished[choice.finish_reason] += 1
+        if self._left == 0:
+            metrics.whole.observe(now - self.arrival)
+        self._pending.append(output)
+        self._notify()
+
+    def fail(self, error: ApiError) -> None:
+        """End with an error, after what is already here."""
+        self._error = self._error or error
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+
+class EngineClient:
+    """Speaks to the engine process at `address` as API process number `client`."""
+
+    def __init__(
+        self,
+        address: str,
+        processor: OutputProcessor,
+        *,
+        client: int = 0,
+        ended: Callable[[], str | None] = lambda: None,
+        max_queued: int = 16384,
+        hung_after: float = HUNG_AFTER,
+        model_name: str = "",
+    ) -> None:
+        """`ended` says how the engine's process ended, None while it lives."""
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._requests = self._dealer(requests_endpoint(address), client)
+        self._outputs = self._dealer(outputs_endpoint(address), client)
+        self._descriptor = int(self._outputs.getsockopt(zmq.FD))
+        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._processor, self._ended = processor, ended
+        self._max_queued, self._hung_after = max_queued, hung_after
+        self._alive: dict[str, Generation] = {}  # by the request's id
+        self._used: set[int] = set()  # the handles of what is alive
+        self._queued: set[int] = set()  # the first handles of requests without a slot
+        self._next_handle = 0
+        self._heard = time.monotonic()
+        self._watch: asyncio.Task[None] | None = None
+        self.stats = Stats()
+        self.metrics = Metrics(model_name, lambda: self.stats)
+        self.ready: Ready | None = None
+        self.last_words: str | None = None
+        self.settled = asyncio.Event()  # ready or dead
+
+    def _dealer(self, endpoint: str, client: int) -> "zmq.Socket[bytes]":
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, client_identity(client))
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.set_hwm(0)
+        socket.connect(endpoint)
+        return socket
+
+    def start(self) -> None:
+        """Say hello and listen; needs a running event loop."""
+        self._outputs.send(b"")
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._descriptor, self._read)
+        self._watch = loop.create_task(self._keep_watch())
+
+    async def close(self) -> None:
+        """Cancel what is alive and close the sockets."""
+        for generation in tuple(self._alive.values()):
+            generation.cancel()
+        if self._watch is not None:
+            asyncio.get_running_loop().remove_reader(self._descriptor)
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        self._requests.close(linger=200)
+        self._outputs.close()
+        self._context.term()
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._alive)
+
+    def trouble(self) -> str | None:
+        """Why the engine cannot be used, in a sentence; None when it can."""
+        if self.last_words is not None:
+            return f"the engine stopped: {self.last_words}"
+        if self.ready is None:
+            return "the engine is still starting"
+        silence = time.monotonic() - self._heard
+        if silence > self._hung_after:
+            return f"the engine has not answered for {silence:.0f} s"
+        return None
+
+    def check_room(self) -> None:
+        """ApiError 503 when the engine cannot be used or too many requests wait already."""
+        trouble = self.trouble()
+        if trouble is not None:
+            raise unavailable(trouble, None if self.last_words else RETRY_AFTER)
+        if len(self._queued) >= self._max_queued:
+            self.metrics.refused["queue_full"] += 1
+            raise unavailable(
+                f"{len(self._queued)} requests wait already, the limit of --max-num-queued-reqs: "
+                "try again later",
+                RETRY_AFTER,
+            )
+
+    def new_handle(self, n: int) -> int:
+        """The first of `n` handles in a row that no living sequence has."""
+        while True:
+            if self._next_handle + n > HANDLE_MASK:
+                self._next_handle = 0
+            first = self._next_handle
+            self._next_handle += n
+            if self._used.isdisjoint(range(first, first + n)):
+                return first
+
+    def submit(self, request: AddRequest, prompt: list[int]) -> Generation:
+        """Send a request whose handle comes from `new_handle`."""
+        generation = Generation(self, request)
+        sampling = request.sampling
+        self._processor.add(
+            request.request_id, request.handle, sampling.n, None, prompt, sampling, request.arrival
+        )
+        self._alive[request.request_id] = generation
+        self._used.update(generation.handles)
+        self._queued.add(request.handle)
+        self.metrics.prompt_tokens.observe(len(prompt))
+        self._requests.send(self._encode(request), zmq.NOBLOCK)
+        return generation
+
+    def abort(self, generation: Generation) -> None:
+        """Tell engine and processor to forget a generation."""
+        if self._alive.get(generation.request_id) is not generation:
+            return
+        self._forget(generation)
+        handles = self._processor.abort(generation.request_id)
+        self.metrics.finished["abort"] += len(handles)
+        if handles and self.last_words is None:
+            self._requests.send(self._encode(Abort(handles)), zmq.NOBLOCK)
+
+    def fail_all(self, error: ApiError) -> None:
+        """End every generation with an error, and the engine's work on it."""
+        for generation in tuple(self._alive.values()):
+            generation.fail(error)
+            self.abort(generation)
+
+    def _forget(self, generation: Generation) -> None:
+        del self._alive[generation.request_id]
+        self._used.difference_update(generation.handles)
+        self._queued.discard(generation.handles[0])
+
+    def _read(self) -> None:
+        # The descriptor signals edges: everything must be read, or the next signal never comes.
+        with contextlib.suppress(zmq.Again):
+            while True:
+                payload = self._outputs.recv(zmq.NOBLOCK)
+                self._heard = time.monotonic()
+                try:
+                    self._take(self._decode(payload))
+                except Exception:  # one bad output must not deafen the process
+                    logger.exception("an output of the engine could not be used")
+
+    def _take(self, message: FromEngine) -> None:
+        if isinstance(message, Ready):
+            self.ready = message
+            self.settled.set()
+        elif isinstance(message, Dead):
+            self._die(message.message)
+        else:
+            self._take_output(message)
+
+    def _take_output(self, output: Output) -> None:
+        if output.stats is not None:
+            self.stats = output.stats
+        for start in output.starts:
+            if start.handle in self._queued:
+                self._queued.remove(start.handle)
+                self.metrics.queued.observe(start.queued)
+        results, surplus = self._processor.process(output, self._heard)
+        for result in results:
+            generation = self._alive.get(result.request_id)
+            if generation is not None:
+                generation.put(result, self._heard, self.metrics)
+                if result.error:
+                    self.abort(generation)  # the other choices of the same request
+                elif result.finished:
+                    self._forget(generation)
+        if surplus:  # the text ended (a stop string) before the tokens did
+            self._requests.send(self._encode(Abort(surplus)), zmq.NOBLOCK)
+
+    async def _keep_watch(self) -> None:
+        while self.last_words is None:
+            await asyncio.sleep(WATCH)
+            self._read()
+            ended = self._ended()
+            if ended is not None:
+                self._read()
+                self._die(ended)
+
+    def _die(self, last_words: str) -> None:
+        if self.last_words is None:
+            self.last_words = last_words
+            self.settled.set()
+            self.fail_all(ApiError(500, f"the engine stopped: {last_words}"))

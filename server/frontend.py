@@ -1,0 +1,228 @@
+"""Frontend: from bodies to requests of the engine; all that needs the model's text is here."""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.sampling_params import ParameterError, SamplingParams
+from octavo.engine.text.generation import RequestLimits, make_request
+from octavo.engine.text.template import ChatTemplate, TemplateError, load_template
+from octavo.engine.text.tokenizer import Tokenizer, load_tokenizer
+from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from octavo.server.client import EngineClient, Generation
+from octavo.server.protocol.chat import ChatCompletionRequest
+from octavo.server.protocol.completions import CompletionRequest
+from octavo.server.protocol.errors import ApiError, bad_request
+from octavo.server.protocol.sampling import GenerationRequest
+from octavo.server.settings import ServerSettings
+
+LONG_TEXT = 8192  # characters; beyond, a thread tokenizes, so that the streams of others go on
+_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads."""
+
+    token_ids: list[int]
+    text: str | None = None  # None: it came as token ids
+
+
+@dataclass(frozen=True)
+class RequestId:
+    """The name of a request in its answer, in logs and in the X-Request-Id header."""
+
+    public: str
+    created: int  # seconds since 1970
+
+    @classmethod
+    def of(cls, request: Request, body: GenerationRequest, kind: str) -> "RequestId":
+        """`kind`-name, the name from the body, the X-Request-Id header or chance."""
+        if body.request_id is not None and not _ID.fullmatch(body.request_id):
+            raise bad_request(
+                "`request_id` must be 1 to 128 letters, digits or any of . : @ / + = _ -",
+                "request_id",
+            )
+        header = request.headers.get("x-request-id", "")
+        name = body.request_id or (header if _ID.fullmatch(header) else uuid.uuid4().hex)
+        return cls(f"{kind}-{name}", int(time.time()))
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the front end reads of a checkpoint; the weights are the engine's."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    no_template: str  # why `template` is None
+    generation_config: dict[str, Any]
+
+
+def open_text(config: EngineConfig, chat_template: str = "") -> Text:
+    """Tokenizer, template and defaults of the model. Raises ConfigError."""
+    where: dict[str, Any] = {"revision": config.revision, "offline": config.offline}
+    try:
+        source: Checkpoint | str = config.tokenizer
+        checkpoint = open_checkpoint(config.model, load_format=config.load_format, **where)
+        tokenizer = load_tokenizer(source or checkpoint, **where)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    defaults = {} if config.generation_config == "none" else dict(checkpoint.generation_config)
+    checkpoint.close()
+    try:
+        return Text(tokenizer, load_template(tokenizer, chat_template or None), "", defaults)
+    except TemplateError as error:
+        if chat_template:
+            raise ConfigError(str(error)) from None
+        return Text(tokenizer, None, str(error), defaults)
+
+
+class Frontend:
+    """Tokenizes and submits; one a process."""
+
+    def __init__(
+        self, settings: ServerSettings, config: EngineConfig, text: Text, client: EngineClient
+    ) -> None:
+        self.settings, self.client = settings, client
+        self.model, self.names = config.model, settings.names(config.model)
+        self.max_logprobs = config.max_logprobs
+        self.started = int(time.time())
+        self.generation_config = text.generation_config
+        self.chats = text.template is not None
+        self._text, self._tokenizer = text, text.tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """ApiError 404 for a model that is not served here; no name means the only one."""
+        if name is not None and name not in self.names:
+            names = ", ".join(f"`{own}`" for own in self.names)
+            raise ApiError(
+                404, f"the model `{name}` does not exist: this server has {names}", "model"
+            )
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids, without holding up others for a long text."""
+        return await _away(
+            len(text), lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of token ids, special tokens included."""
+        for token in token_ids:
+            self._check_token(token, "tokens")
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def token_text(self, token: int) -> str:
+        """What one token adds to a text."""
+        return self._tokenizer.token_text(token)
+
+    def token_strings(self, token_ids: list[int]) -> list[str]:
+        """The vocabulary's own spelling of each token."""
+        return [self._tokenizer.id_to_token(token) or "" for token in token_ids]
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """The prompt as text, for `echo`."""
+        if prompt.text is not None:
+            return prompt.text
+        return self._tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+
+    async def chat_prompt(self, body: ChatCompletionRequest) -> Prompt:
+        """The conversation rendered with the model's template, and tokenized."""
+        template = self._text.template
+        if template is None:
+            raise bad_request(self._text.no_template, "messages")
+        messages = body.conversation()
+        variables = dict(body.chat_template_kwargs or {})
+        if body.reasoning_effort is not None:
+            variables.setdefault("reasoning_effort", body.reasoning_effort)
+        wants_answer = body.add_generation_prompt
+        if wants_answer is None:
+            wants_answer = not body.continue_final_message
+        try:
+            text = await _away(
+                sum(len(message["content"]) for message in messages),
+                lambda: template.render(
+                    messages,
+                    documents=body.documents,
+                    add_generation_prompt=wants_answer,
+                    continue_final_message=bool(body.continue_final_message),
+                    **variables,
+                ),
+            )
+        except (TemplateError, TypeError) as error:
+            raise bad_request(str(error), "messages") from None
+        tokens = await self.encode(text, bool(body.add_special_tokens))
+        return Prompt(self._truncated(tokens, body), text)
+
+    async def completion_prompt(self, prompt: str | list[int], body: CompletionRequest) -> Prompt:
+        """A prompt of /v1/completions, as token ids."""
+        if isinstance(prompt, list):
+            for token in prompt:
+                self._check_token(token, "prompt")
+            return Prompt(self._truncated(prompt, body))
+        add = True if body.add_special_tokens is None else body.add_special_tokens
+        tokens = await self.encode(prompt, add)
+        return Prompt(self._truncated(tokens, body), prompt)
+
+    def submit(
+        self, prompt: Prompt, sampling: SamplingParams, body: GenerationRequest, request_id: str
+    ) -> Generation:
+        """Send it to the engine. ApiError 400 names what cannot be served, 503 says to wait."""
+        self.client.check_room()
+        ready = self.client.ready
+        assert ready is not None, "check_room lets nobody past before the engine is ready"
+        handle = self.client.new_handle(sampling.n)
+        try:
+            request = make_request(
+                handle=handle,
+                request_id=f"{request_id}:{handle}",  # clients may use one name twice
+                prompt_token_ids=prompt.token_ids,
+                params=sampling,
+                limits=RequestLimits(
+                    max_model_len=ready.max_model_len,
+                    vocab_size=ready.vocab_size,
+                    eos_token_ids=tuple(ready.eos_token_ids),
+                    max_logprobs=self.max_logprobs,
+                ),
+                tokenizer=self._tokenizer,
+                priority=body.priority or 0,
+                arrival=time.monotonic(),
+                cache_salt=body.cache_salt or "",
+            )
+        except ParameterError as error:
+            raise bad_request(str(error), error.parameter) from None
+        return self.client.submit(request, prompt.token_ids)
+
+    def _truncated(self, token_ids: list[int], body: GenerationRequest) -> list[int]:
+        """The last `truncate_prompt_tokens`; -1 is as many as the context takes."""
+        keep = body.truncate_prompt_tokens
+        if keep is None:
+            return token_ids
+        if keep == -1 and self.client.ready is not None:
+            keep = self.client.ready.max_model_len - 1
+        if keep < 1:
+            raise bad_request(
+                f"`truncate_prompt_tokens` must be at least 1, or -1, got {keep}",
+                "truncate_prompt_tokens",
+            )
+        return token_ids[-keep:]
+
+    def _check_token(self, token: int, field: str) -> None:
+        ready = self.client.ready
+        size = ready.vocab_size if ready is not None else self._tokenizer.vocab_size
+        if not 0 <= token < size:
+            raise bad_request(
+                f"`{field}` has the token {token}; ids are from 0 to {size - 1}", field
+            )
+
+
+async def _away(size: int, work: Callable[[], T]) -> T:
+    """Small work at once, large work in a thread."""
+    return work() if size <= LONG_TEXT else await asyncio.to_thread(work)

@@ -1,0 +1,62 @@
+"""Bodies in, bodies out: the two ends of every handler."""
+
+import json
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.server.frontend import Frontend
+from octavo.server.protocol.errors import ApiError, bad_request, from_validation
+
+Body = TypeVar("Body")
+JSON = "application/json"
+
+
+def frontend_of(request: Request) -> Frontend:
+    frontend: Frontend = request.app.state.frontend
+    return frontend
+
+
+async def read_body(request: Request, kind: type[Body]) -> Body:
+    """The request's body as a `kind`; ApiError 400 names the field that does not fit."""
+    limit = frontend_of(request).settings.max_body_bytes
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced) > limit:
+        raise ApiError(413, f"the body has {announced} bytes, more than the limit of {limit}")
+    raw = bytearray()
+    async for piece in request.stream():
+        raw += piece
+        if len(raw) > limit:
+            raise ApiError(413, f"the body has more than the limit of {limit} bytes")
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        raise from_validation(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise bad_request(f"the body is not JSON: {_where(bytes(raw), error)}") from None
+
+
+def _where(raw: bytes, error: Exception) -> str:
+    try:
+        json.loads(raw)
+    except ValueError as found:  # this decoder tells line and column
+        return str(found)
+    return str(error)
+
+
+def json_response(body: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type=JSON)
+
+
+def error_response(error: ApiError) -> Response:
+    response = json_response(error.body(), error.status)
+    if error.retry_after is not None:
+        response.headers["retry-after"] = str(error.retry_after)
+    return response
+
+
+def unauthorized() -> Response:
+    """Not in OpenAI's shape: what clients of this API's other servers expect for a bad key."""
+    return json_response({"error": "Unauthorized"}, 401)

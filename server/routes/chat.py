@@ -1,0 +1,121 @@
+"""POST /v1/chat/completions: render, submit, answer."""
+
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.server.chunks import Chunks
+from octavo.server.client import Generation
+from octavo.server.collect import Delta, collect, deltas
+from octavo.server.frontend import Frontend, Prompt, RequestId
+from octavo.server.logprobs import chat_logprobs, prompt_logprobs
+from octavo.server.protocol.chat import (
+    ChatChoice,
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatMessage,
+    ChoiceLogprobs,
+)
+from octavo.server.protocol.sampling import check_logprobs, usage_of
+from octavo.server.respond import frontend_of, json_response, read_body
+from octavo.server.streaming import EventStream, while_connected
+
+ROLE = "assistant"
+
+
+async def create(request: Request) -> Response:
+    frontend = frontend_of(request)
+    body = await read_body(request, ChatCompletionRequest)
+    frontend.check_model(body.model)
+    body.check()
+    if body.echo:
+        body.echo = None  # an assistant's answer does not repeat what was asked
+    check_logprobs("top_logprobs", body.top_logprobs, frontend.max_logprobs)
+    frontend.client.check_room()
+    prompt = await frontend.chat_prompt(body)
+    sampling = body.sampling(
+        frontend.generation_config,
+        max_tokens=body.most_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    name = RequestId.of(request, body, "chatcmpl")
+    generation = frontend.submit(prompt, sampling, body, name.public)
+    if body.stream:
+        stream = _stream(body, frontend, name, prompt, generation)
+        return EventStream(stream, on_end=generation.cancel, request_id=name.public)
+    try:
+        [choices] = await while_connected(request, collect([generation]))
+    finally:
+        generation.cancel()
+    return json_response(_whole(body, frontend, name, prompt, choices))
+
+
+def _logprobs(body: ChatCompletionRequest, delta: Delta) -> ChoiceLogprobs | None:
+    if not body.logprobs or not delta.logprobs:
+        return None
+    as_ids = bool(body.return_tokens_as_token_ids)
+    return chat_logprobs(delta.token_ids, delta.logprobs, body.top_logprobs or 0, as_ids)
+
+
+def _whole(
+    body: ChatCompletionRequest,
+    frontend: Frontend,
+    name: RequestId,
+    prompt: Prompt,
+    choices: list[Delta],
+) -> ChatCompletionResponse:
+    generated = sum(len(choice.token_ids) for choice in choices)
+    cached = max((choice.cached_tokens for choice in choices), default=0)
+    return ChatCompletionResponse(
+        id=name.public,
+        created=name.created,
+        model=body.model or frontend.names[0],
+        choices=[
+            ChatChoice(
+                index=choice.index,
+                message=ChatMessage(ROLE, choice.text),
+                logprobs=_logprobs(body, choice),
+                finish_reason=choice.finish_reason,
+                stop_reason=choice.stop_reason,
+                token_ids=choice.token_ids if body.return_token_ids else None,
+            )
+            for choice in choices
+        ],
+        usage=usage_of(len(prompt.token_ids), generated, cached),
+        prompt_logprobs=prompt_logprobs(choices[0].prompt_logprobs) if choices else None,
+        prompt_token_ids=prompt.token_ids if body.return_token_ids else None,
+    )
+
+
+async def _stream(
+    body: ChatCompletionRequest,
+    frontend: Frontend,
+    name: RequestId,
+    prompt: Prompt,
+    generation: Generation,
+) -> AsyncIterator[bytes]:
+    model = body.model or frontend.names[0]
+    chunks = Chunks("chat.completion.chunk", name.public, name.created, model)
+    prompt_ids = prompt.token_ids if body.return_token_ids else None
+    asked, generated, cached = len(prompt.token_ids), 0, 0
+    spoken: set[int] = set()  # choices whose role has been said
+    async for batch in deltas([generation]):
+        frames = []
+        for delta in batch:
+            generated += len(delta.token_ids)
+            cached = max(cached, delta.cached_tokens)
+            if delta.index not in spoken:
+                spoken.add(delta.index)
+                frames.append(chunks.role(delta.index, prompt_ids))
+            logprobs = _logprobs(body, delta)
+            token_ids = delta.token_ids if body.return_token_ids else None
+            usage = usage_of(asked, generated, cached) if body.continuous_usage else None
+            if delta.text or delta.finish or logprobs or token_ids:
+                frames.append(
+                    chunks.text(delta.index, delta.text, delta.finish, logprobs, token_ids, usage)
+                )
+        if frames:
+            yield b"".join(frames)
+    if body.include_usage:
+        yield chunks.usage(usage_of(asked, generated, cached))
