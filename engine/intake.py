@@ -35,7 +35,7 @@ class Intake:
         if len(tokens) >= longest:
             raise Refused(
                 f"the prompt has {len(tokens):,} tokens and the context is {longest:,}: "
-                f"shorten it by {len(tokens) - longest + 1:,}, or start with a larger --max-model-len"
+                f"shorten it by {len(tokens) - longest + 1:,}, or raise --max-model-len"
             )
         vocab = self.resolved.dims.vocab
         if tokens.min() < 0 or tokens.max() >= vocab:

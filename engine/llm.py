@@ -6,7 +6,7 @@ print(llm.generate("The capital of France is", SamplingParams(temperature=0))[0]
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -102,7 +102,7 @@ class LLM:
         self,
         prompt: Prompt | Sequence[Message],
         sampling_params: SamplingParams | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput]:
         """Outputs as they come, each with what is new. A list of messages is a conversation.
 
         Leaving the loop aborts the request.
@@ -113,7 +113,7 @@ class LLM:
         name = self._submit(prompt, self._kind(sampling_params, RequestOutputKind.DELTA), 0)  # type: ignore[arg-type]
         return self._follow(name)
 
-    def _follow(self, name: str) -> Iterator[RequestOutput]:
+    def _follow(self, name: str) -> Generator[RequestOutput]:
         queue = self._waiting[name]
         try:
             while True:
