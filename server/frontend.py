@@ -6,20 +6,20 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 
-from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.config import EngineConfig
 from octavo.engine.sampling_params import ParameterError, SamplingParams
 from octavo.engine.text.generation import RequestLimits, make_request
-from octavo.engine.text.template import ChatTemplate, TemplateError, load_template
-from octavo.engine.text.tokenizer import Tokenizer, load_tokenizer
-from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from octavo.engine.text.opened import ModelText
+from octavo.engine.text.template import TemplateError
+from octavo.engine.text.tokenizer import Tokenizer
 from octavo.server.client import EngineClient, Generation
 from octavo.server.protocol.chat import ChatCompletionRequest
 from octavo.server.protocol.completions import CompletionRequest
-from octavo.server.protocol.errors import ApiError, bad_request
+from octavo.server.protocol.errors import ApiError, bad_request, unavailable
 from octavo.server.protocol.sampling import GenerationRequest
 from octavo.server.settings import ServerSettings
 
@@ -56,40 +56,11 @@ class RequestId:
         return cls(f"{kind}-{name}", int(time.time()))
 
 
-@dataclass(frozen=True)
-class Text:
-    """What the front end reads of a checkpoint; the weights are the engine's."""
-
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    no_template: str  # why `template` is None
-    generation_config: dict[str, Any]
-
-
-def open_text(config: EngineConfig, chat_template: str = "") -> Text:
-    """Tokenizer, template and defaults of the model. Raises ConfigError."""
-    where: dict[str, Any] = {"revision": config.revision, "offline": config.offline}
-    try:
-        source: Checkpoint | str = config.tokenizer
-        checkpoint = open_checkpoint(config.model, load_format=config.load_format, **where)
-        tokenizer = load_tokenizer(source or checkpoint, **where)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
-    defaults = {} if config.generation_config == "none" else dict(checkpoint.generation_config)
-    checkpoint.close()
-    try:
-        return Text(tokenizer, load_template(tokenizer, chat_template or None), "", defaults)
-    except TemplateError as error:
-        if chat_template:
-            raise ConfigError(str(error)) from None
-        return Text(tokenizer, None, str(error), defaults)
-
-
 class Frontend:
     """Tokenizes and submits; one a process."""
 
     def __init__(
-        self, settings: ServerSettings, config: EngineConfig, text: Text, client: EngineClient
+        self, settings: ServerSettings, config: EngineConfig, text: ModelText, client: EngineClient
     ) -> None:
         self.settings, self.client = settings, client
         self.model, self.names = config.model, settings.names(config.model)
@@ -97,7 +68,13 @@ class Frontend:
         self.started = int(time.time())
         self.generation_config = text.generation_config
         self.chats = text.template is not None
-        self._text, self._tokenizer = text, text.tokenizer
+        self._text = text
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self._text.tokenizer is None:
+            raise bad_request(f"text cannot be read, send token ids: {self._text.no_template}")
+        return self._text.tokenizer
 
     def check_model(self, name: str | None) -> None:
         """ApiError 404 for a model that is not served here; no name means the only one."""
@@ -191,7 +168,7 @@ class Frontend:
                     eos_token_ids=tuple(ready.eos_token_ids),
                     max_logprobs=self.max_logprobs,
                 ),
-                tokenizer=self._tokenizer,
+                tokenizer=self._text.tokenizer,
                 priority=body.priority or 0,
                 arrival=time.monotonic(),
                 cache_salt=body.cache_salt or "",
@@ -216,7 +193,9 @@ class Frontend:
 
     def _check_token(self, token: int, field: str) -> None:
         ready = self.client.ready
-        size = ready.vocab_size if ready is not None else self._tokenizer.vocab_size
+        if ready is None:  # only it knows the vocabulary
+            raise unavailable("the engine is still starting", retry_after=1)
+        size = ready.vocab_size
         if not 0 <= token < size:
             raise bad_request(
                 f"`{field}` has the token {token}; ids are from 0 to {size - 1}", field

@@ -17,9 +17,10 @@ from collections.abc import Callable
 
 from octavo import __version__
 from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.text.opened import ModelText, open_text
 from octavo.engine.text.processor import OutputProcessor
 from octavo.server.client import EngineClient
-from octavo.server.frontend import Frontend, Text, open_text
+from octavo.server.frontend import Frontend
 from octavo.server.http import GRACE, serve_http
 from octavo.server.launch import EngineProcess
 from octavo.server.settings import ServerSettings
@@ -32,7 +33,7 @@ ENGINE_GRACE = 10.0  # seconds for the engine to end once no request is open
 def serve_one(
     settings: ServerSettings,
     config: EngineConfig,
-    text: Text,
+    text: ModelText,
     listener: socket.socket,
     *,
     address: str,

@@ -1,7 +1,7 @@
 """FakeCore: an engine without a model that answers at once, behind the real process and sockets.
 
 Every sequence repeats its prompt until `max_tokens`, one token a turn. The cache salt of a request
-can script more: "fail" ends it with an error, "die" breaks the engine, "hang" makes it stop answering.
+can script more: "fail" ends it with an error, "die" breaks the engine, "hang" makes it silent.
 `FAKE_STEP_SECONDS` in the environment is how long a turn takes.
 """
 

@@ -1,4 +1,4 @@
-"""`octavo serve` with FakeCore behind it: python serve_with_fake_engine.py [flags of octavo serve]."""
+"""`octavo serve` with FakeCore behind it; takes the flags of `octavo serve`."""
 
 import argparse
 import sys
