@@ -93,17 +93,17 @@ def local(llm: octavo.LLM, sampling: octavo.SamplingParams) -> Answer:
     """Answers from a model in this process."""
 
     def answer(messages: list[Message]) -> str:
-        said = ""
+        said: list[str] = []
         with closing(llm.stream(messages, sampling)) as outputs:
             try:
                 for output in outputs:
-                    text = output.outputs[0].text
-                    emit(text[len(said) :])
-                    said = text
+                    piece = output.outputs[0].text  # what is new
+                    emit(piece)
+                    said.append(piece)
             except KeyboardInterrupt:  # the generator's close aborts the request
                 pass
         emit("\n")
-        return said
+        return "".join(said)
 
     return answer
 
