@@ -60,7 +60,9 @@ class Row:
 
 def _rows() -> dict[str, Row]:
     path = Path(__file__).parent.parent / "golden" / "greedy.json"
-    rows = [r for r in json.loads(path.read_text()) if r["model"] in ("smollm2-135m", "gemma3-270m")]
+    rows = [
+        r for r in json.loads(path.read_text()) if r["model"] in ("smollm2-135m", "gemma3-270m")
+    ]
     return {row["id"]: Row(**row) for row in rows}
 
 
