@@ -18,8 +18,8 @@ from octavo.engine.harvest import Harvest, harvest, retire
 from octavo.engine.host import Host, Launch, Limits
 from octavo.engine.intake import Intake
 from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats
-from octavo.engine.reader import Reader
 from octavo.engine.planning import check_workspace
+from octavo.engine.reader import Reader
 from octavo.engine.recovery import Recovery
 from octavo.engine.scheduler import schedule, stop
 from octavo.engine.sequence import Phase, Sequence

@@ -1,4 +1,4 @@
-"""`plan_memory`: what an engine would take, from its config alone; nothing is loaded or allocated."""
+"""`plan_memory`: what an engine would take, from its config alone; nothing is allocated."""
 
 from contextlib import closing
 from dataclasses import replace
