@@ -257,8 +257,7 @@ def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
     inbox.start()
     engine: Core | None = None
     code = 0
-    try:
-        _on_stop_signals(_leave_at_once)
+    try:  # until it is ready, a signal ends it at once: nothing has been accepted
         engine = _build(core, config)
         loop = Loop(engine, inbox, outbox)
         _on_stop_signals(lambda *_: setattr(loop, "stopping", True))
@@ -279,8 +278,15 @@ def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
 
 
 def _build(core: str, config: EngineConfig) -> Core:
+    """The engine itself: only here does this process begin to import jax."""
     module, name = core.split(":")
-    engine: Core = getattr(importlib.import_module(module), name)(config)
+    make = getattr(importlib.import_module(module), name)
+    engine: Core
+    if core != CORE:
+        engine = make(config)
+        return engine
+    with importlib.import_module("octavo.engine.progress").startup_progress() as progress:
+        engine = make(config, progress=progress)
     return engine
 
 
@@ -300,10 +306,6 @@ def _on_stop_signals(handler: Any) -> None:
     # Handlers only set a flag: an Event set from a handler can deadlock with the thread it stopped.
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGINT, handler)
-
-
-def _leave_at_once(*_: object) -> None:
-    os._exit(0)
 
 
 def _end_with_parent() -> None:

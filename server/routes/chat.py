@@ -48,7 +48,8 @@ async def create(request: Request) -> Response:
         [choices] = await while_connected(request, collect([generation]))
     finally:
         generation.cancel()
-    return json_response(_whole(body, frontend, name, prompt, choices))
+    whole = _whole(body, frontend, name, prompt, choices)
+    return json_response(whole, request_id=name.public)
 
 
 def _logprobs(body: ChatCompletionRequest, delta: Delta) -> ChoiceLogprobs | None:

@@ -77,7 +77,7 @@ async def create(request: Request) -> Response:
     except BaseException:
         cancel()
         raise
-    return json_response(_whole(job, whole))
+    return json_response(_whole(job, whole), request_id=name.public)
 
 
 def _sampling(body: CompletionRequest, frontend: Frontend) -> SamplingParams:
