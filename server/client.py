@@ -28,6 +28,7 @@ from octavo.server.protocol.errors import ApiError, unavailable
 
 HUNG_AFTER = 30.0  # seconds without a word from a ready engine
 TURN = 0.002  # seconds of outputs taken in before the streams may send
+START_WAIT = 5.0  # seconds that a request may wait for the engine: API processes differ by one
 WATCH = 0.25  # seconds between two looks at the engine's pulse
 RETRY_AFTER = 1  # seconds: a queue of thousands moves within one
 logger = logging.getLogger("octavo.server")
@@ -175,6 +176,13 @@ class EngineClient:
         if silence > self._hung_after:
             return f"the engine has not answered for {silence:.0f} s"
         return None
+
+    async def until_ready(self) -> None:
+        """Wait a moment for a start that is almost done; ApiError 503 when nobody can be served."""
+        if self.ready is None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.settled.wait(), START_WAIT)
+        self.check_room()
 
     def check_room(self) -> None:
         """ApiError 503 when the engine cannot be used or too many requests wait already."""

@@ -32,7 +32,7 @@ async def create(request: Request) -> Response:
     if body.echo:
         body.echo = None  # an assistant's answer does not repeat what was asked
     check_logprobs("top_logprobs", body.top_logprobs, frontend.max_logprobs)
-    frontend.client.check_room()
+    await frontend.client.until_ready()
     prompt = await frontend.chat_prompt(body)
     sampling = body.sampling(
         frontend.generation_config,
