@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -308,17 +309,18 @@ def _on_stop_signals(handler: Any) -> None:
     signal.signal(signal.SIGINT, handler)
 
 
-def _end_with_parent() -> None:
-    """The parent holds the other end of stdin: its end is ours."""
+def _end_with_parent(address: str) -> None:
+    """The parent holds the other end of stdin: its end is ours, and its folder has no owner."""
     while sys.stdin.buffer.read(4096):
         pass
+    shutil.rmtree(address.removeprefix("ipc://"), ignore_errors=True)
     os._exit(1)
 
 
 def main() -> None:
     """Entry of the child: one JSON line on stdin says what to run."""
     order = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, name="octavo-parent", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(order["address"],), daemon=True).start()
     config = EngineConfig(**order["config"])
     code = run_engine(config, order["address"], order["core"])
     sys.stdout.flush()

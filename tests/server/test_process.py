@@ -169,3 +169,4 @@ def test_the_engine_ends_with_its_parent(engine: EngineProcess, client: RawClien
     assert stdin is not None
     stdin.close()  # what the kernel does for a parent that dies
     assert engine._process.wait(PATIENCE) == 1
+    assert not Path(engine.folder).exists()
