@@ -93,17 +93,17 @@ def local(llm: octavo.LLM, sampling: octavo.SamplingParams) -> Answer:
     """Answers from a model in this process."""
 
     def answer(messages: list[Message]) -> str:
-        said = ""
-        with closing(llm.stream(messages, sampling)) as outputs:
-            try:
-                for output in outputs:
-                    text = output.outputs[0].text
-                    emit(text[len(said) :])
-                    said = text
-            except KeyboardInterrupt:  # the generator's close aborts the request
-                pass
+        said: list[str] = []
+        outputs = llm.stream(messages, sampling)
+        try:
+            for output in outputs:
+                piece = output.outputs[0].text
+                emit(piece)
+                said.append(piece)
+        except KeyboardInterrupt:  # the stream ends with this frame, which aborts the request
+            pass
         emit("\n")
-        return said
+        return "".join(said)
 
     return answer
 
