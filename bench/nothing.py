@@ -117,7 +117,10 @@ def empty_parts(config: EngineConfig) -> Parts:
 def _forward(
     params: Any, tokens: jax.Array, positions: jax.Array, cache: Any, ops: Any
 ) -> tuple[jax.Array, Any]:
-    return jnp.zeros((tokens.shape[0], NOTHING.E), jnp.float32), cache
+    # Not a constant: XLA of jaxlib 0.10.0 crashes when it folds one into the rest of the step.
+    return jnp.broadcast_to(tokens[:, None], (tokens.shape[0], NOTHING.E)).astype(
+        jnp.float32
+    ), cache
 
 
 def _logits(params: Any, hidden: jax.Array, ops: Any) -> jax.Array:

@@ -18,6 +18,7 @@ from octavo.engine.harvest import Harvest, harvest, retire
 from octavo.engine.host import Host, Launch, Limits
 from octavo.engine.intake import Intake
 from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats
+from octavo.engine.planning import check_workspace
 from octavo.engine.reader import Reader
 from octavo.engine.recovery import Recovery
 from octavo.engine.scheduler import schedule, stop
@@ -55,6 +56,7 @@ class EngineCore:
         self.host = Host(self.limits)
         self.intake = Intake(self.resolved, self.eos_token_ids, config.max_num_queued_reqs)
         self.device = Device(config, parts, self.limits, self.reader, progress)
+        self.memory = check_workspace(self.resolved, self.device.programs.workspace())
         self.recovery = Recovery()
         self.load_seconds = parts.load_seconds
         self.startup_seconds = time.perf_counter() - began
@@ -244,7 +246,7 @@ class EngineCore:
 
     def summary(self) -> list[str]:
         """The start-up lines."""
-        r, memory = self.resolved, self.resolved.memory
+        r, memory = self.resolved, self.memory
         return [
             f"backend  {self.backend.reason}",
             f"model    {r.model.config.family}, {r.dtype.name}, context {r.max_model_len:,}",

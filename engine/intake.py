@@ -48,6 +48,7 @@ class Intake:
                 status=503,
             )
         self._check_ids(request, vocab)
+        self._check_unserved(sampling)
         limit = longest
         if sampling.max_tokens is not None:
             limit = min(longest, len(tokens) + sampling.max_tokens)
@@ -82,6 +83,19 @@ class Intake:
                 )
             )
         return out
+
+    def _check_unserved(self, sampling: SamplingParams) -> None:
+        """What this version cannot do is refused, never ignored."""
+        unserved = {
+            "structured_outputs": sampling.structured_outputs,
+            "thinking_token_budget": sampling.thinking_token_budget,
+            "prompt_logprob_token_ids": sampling.prompt_logprob_token_ids,
+            "prompt_logprob_start": sampling.prompt_logprob_start,
+            "logprob_token_ids": sampling.logprob_token_ids,
+        }
+        for name, value in unserved.items():
+            if value is not None:
+                raise Refused(f"`{name}` is not served by this version; leave it out")
 
     def _seed(self, sampling: SamplingParams, host: Host) -> int:
         """A request without a seed gets one of its own, from the engine's and its place in line."""

@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -257,8 +258,7 @@ def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
     inbox.start()
     engine: Core | None = None
     code = 0
-    try:
-        _on_stop_signals(_leave_at_once)
+    try:  # until it is ready, a signal ends it at once: nothing has been accepted
         engine = _build(core, config)
         loop = Loop(engine, inbox, outbox)
         _on_stop_signals(lambda *_: setattr(loop, "stopping", True))
@@ -279,8 +279,15 @@ def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
 
 
 def _build(core: str, config: EngineConfig) -> Core:
+    """The engine itself: only here does this process begin to import jax."""
     module, name = core.split(":")
-    engine: Core = getattr(importlib.import_module(module), name)(config)
+    make = getattr(importlib.import_module(module), name)
+    engine: Core
+    if core != CORE:
+        engine = make(config)
+        return engine
+    with importlib.import_module("octavo.engine.progress").startup_progress() as progress:
+        engine = make(config, progress=progress)
     return engine
 
 
@@ -302,21 +309,18 @@ def _on_stop_signals(handler: Any) -> None:
     signal.signal(signal.SIGINT, handler)
 
 
-def _leave_at_once(*_: object) -> None:
-    os._exit(0)
-
-
-def _end_with_parent() -> None:
-    """The parent holds the other end of stdin: its end is ours."""
+def _end_with_parent(address: str) -> None:
+    """The parent holds the other end of stdin: its end is ours, and its folder has no owner."""
     while sys.stdin.buffer.read(4096):
         pass
+    shutil.rmtree(address.removeprefix("ipc://"), ignore_errors=True)
     os._exit(1)
 
 
 def main() -> None:
     """Entry of the child: one JSON line on stdin says what to run."""
     order = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, name="octavo-parent", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(order["address"],), daemon=True).start()
     config = EngineConfig(**order["config"])
     code = run_engine(config, order["address"], order["core"])
     sys.stdout.flush()

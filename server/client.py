@@ -27,6 +27,8 @@ from octavo.server.metrics import Metrics
 from octavo.server.protocol.errors import ApiError, unavailable
 
 HUNG_AFTER = 30.0  # seconds without a word from a ready engine
+TURN = 0.002  # seconds of outputs taken in before the streams may send
+START_WAIT = 5.0  # seconds that a request may wait for the engine: API processes differ by one
 WATCH = 0.25  # seconds between two looks at the engine's pulse
 RETRY_AFTER = 1  # seconds: a queue of thousands moves within one
 logger = logging.getLogger("octavo.server")
@@ -175,6 +177,13 @@ class EngineClient:
             return f"the engine has not answered for {silence:.0f} s"
         return None
 
+    async def until_ready(self) -> None:
+        """Wait a moment for a start that is almost done; ApiError 503 when nobody can be served."""
+        if self.ready is None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.settled.wait(), START_WAIT)
+        self.check_room()
+
     def check_room(self) -> None:
         """ApiError 503 when the engine cannot be used or too many requests wait already."""
         trouble = self.trouble()
@@ -234,7 +243,9 @@ class EngineClient:
         self._queued.discard(generation.handles[0])
 
     def _read(self) -> None:
-        # The descriptor signals edges: everything must be read, or the next signal never comes.
+        # The descriptor signals edges: everything must be read, or the next signal never comes. The
+        # streams get their turn in between, or an engine faster than we are would starve them.
+        until = time.monotonic() + TURN
         with contextlib.suppress(zmq.Again):
             while True:
                 payload = self._outputs.recv(zmq.NOBLOCK)
@@ -243,6 +254,9 @@ class EngineClient:
                     self._take(self._decode(payload))
                 except Exception:  # one bad output must not deafen the process
                     logger.exception("an output of the engine could not be used")
+                if self._heard > until:
+                    asyncio.get_running_loop().call_soon(self._read)
+                    return
 
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, Ready):

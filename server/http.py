@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
+import resource
 import signal
 import socket
 import time
@@ -19,6 +21,7 @@ from octavo.server.protocol.errors import unavailable
 from octavo.server.settings import ServerSettings
 
 BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must not be refused
+WANTED_FILES = 65_536  # tens of thousands of requests may wait, each on its connection
 GRACE = 2.0  # seconds beyond the time-out, for the last frames to leave
 logger = logging.getLogger("octavo.server")
 
@@ -44,6 +47,15 @@ def bind(settings: ServerSettings) -> socket.socket:
         ) from None
     listener.setblocking(False)
     return listener
+
+
+def allow_files(wanted: int) -> None:
+    """Raise the soft limit of open files, one a connection, as far as the hard one lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class HttpServer(uvicorn.Server):
@@ -87,6 +99,8 @@ class HttpServer(uvicorn.Server):
             self.failed_start = True
             self.should_exit = True
         else:
+            gc.collect()
+            gc.freeze()  # what start-up made lives on: no collection looks at it again
             self._on_ready()
 
     def _stop_asked(self) -> None:
@@ -114,6 +128,7 @@ def serve_http(
     `on_ready` gets the seconds from here to the engine's readiness.
     """
     began = time.monotonic()
+    allow_files(WANTED_FILES)
     server = HttpServer(frontend, lambda: on_ready(time.monotonic() - began))
     server.run(sockets=[listener])
     return not server.failed_start

@@ -46,8 +46,9 @@ def _where(raw: bytes, error: Exception) -> str:
     return str(error)
 
 
-def json_response(body: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(body), status, media_type=JSON)
+def json_response(body: object, status: int = 200, request_id: str = "") -> Response:
+    headers = {"x-request-id": request_id} if request_id else None
+    return Response(msgspec.json.encode(body), status, headers, media_type=JSON)
 
 
 def error_response(error: ApiError) -> Response:

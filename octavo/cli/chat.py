@@ -94,14 +94,14 @@ def local(llm: octavo.LLM, sampling: octavo.SamplingParams) -> Answer:
 
     def answer(messages: list[Message]) -> str:
         said: list[str] = []
-        with closing(llm.stream(messages, sampling)) as outputs:
-            try:
-                for output in outputs:
-                    piece = output.outputs[0].text  # what is new
-                    emit(piece)
-                    said.append(piece)
-            except KeyboardInterrupt:  # the generator's close aborts the request
-                pass
+        outputs = llm.stream(messages, sampling)
+        try:
+            for output in outputs:
+                piece = output.outputs[0].text
+                emit(piece)
+                said.append(piece)
+        except KeyboardInterrupt:  # the stream ends with this frame, which aborts the request
+            pass
         emit("\n")
         return "".join(said)
 

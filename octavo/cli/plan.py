@@ -29,6 +29,6 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the memory plan of a config."""
-    plan = import_module("octavo.engine.memory").plan_memory(config_from_args(args))
+    plan = import_module("octavo.engine.planning").plan_memory(config_from_args(args))
     print(json.dumps(asdict(plan)) if args.json else "\n".join(plan.lines()))
     return 0

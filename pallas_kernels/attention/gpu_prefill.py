@@ -28,26 +28,34 @@ from octavo.pallas_kernels.attention.gpu_decode import LOG2E, NOTHING, cap, dot,
 from octavo.pallas_kernels.attention.reference import KV
 
 
-def plan_prefill(batch: RaggedBatch, T: int, block: int) -> jax.Array:
-    """The blocks of a step, i32[W, 4]: first of the T tokens, tokens, position, slot (-1: padding).
+def plan_prefill(
+    batch: RaggedBatch, T: int, block: int, *, base: int = 0, align: int = 1
+) -> jax.Array:
+    """The blocks of a step, i32[W, 5]: first token, tokens, position, slot (-1: padding), lead.
 
-    Later blocks of a chunk, which see more keys, come first. An unused entry has no tokens.
+    Tokens count from `base`, where the chunks begin. Each block's first is a multiple of `align`:
+    a chunk's first block takes up to align - 1 tokens, its lead, that are not its own. Later blocks
+    of a chunk, which see more keys, come first. An unused entry has no tokens.
     """
     used = jnp.sum(batch.chunk_count)
     count = jnp.append(batch.chunk_count, T - used)
-    offset = jnp.append(batch.chunk_offset, used)
+    offset = jnp.append(batch.chunk_offset, used) + base
     slot = jnp.append(batch.chunk_slot, -1)
-    start = jnp.append(batch.chunk_start, 0)
+    lead = jnp.where(count > 0, offset & (align - 1), 0)
+    count, offset = count + lead, offset - lead
+    start = jnp.append(batch.chunk_start, 0) - lead
     blocks = pl.cdiv(count, block)
     ends = jnp.cumsum(blocks)
 
-    entry = jnp.arange(pl.cdiv(T, block) + count.shape[0], dtype=jnp.int32)
+    most = pl.cdiv(T + (align - 1) * count.shape[0], block) + count.shape[0]
+    entry = jnp.arange(most, dtype=jnp.int32)
     chunk = jnp.sum(ends[None, :] <= entry[:, None], axis=1, dtype=jnp.int32)
     safe = jnp.minimum(chunk, count.shape[0] - 1)
     skip = (ends[safe] - 1 - entry) * block
     size = jnp.where(chunk < count.shape[0], jnp.minimum(count[safe] - skip, block), 0)
-    plan = jnp.stack([offset[safe] + skip, size, start[safe] + skip, slot[safe]], axis=1)
-    return plan.astype(jnp.int32)
+    lead = jnp.where(skip == 0, lead[safe], 0)
+    plan = [offset[safe] + skip, size, start[safe] + skip, slot[safe], lead]
+    return jnp.stack(plan, axis=1).astype(jnp.int32)
 
 
 def why_not_prefill(q: jax.Array, k_pages: jax.Array) -> str | None:
@@ -65,7 +73,7 @@ def why_not_prefill(q: jax.Array, k_pages: jax.Array) -> str | None:
 
 
 def _kernel(plan_ref, table_ref, q_ref, k_pages, v_pages, y_in, y_ref, *,
-            base, G, K, S, block, tile, window, scale, softcap):  # fmt: skip
+            G, K, S, block, tile, window, scale, softcap):  # fmt: skip
     head, entry = pl.program_id(0), pl.program_id(1)
     token, size = plan_ref[entry, 0], plan_ref[entry, 1]
     position, slot = plan_ref[entry, 2], plan_ref[entry, 3]
@@ -73,7 +81,7 @@ def _kernel(plan_ref, table_ref, q_ref, k_pages, v_pages, y_in, y_ref, *,
     @pl.when(size > 0)
     def _():
         member = jnp.arange(block)
-        tokens = base + token + jnp.minimum(member, size - 1)  # unused rows repeat the last token
+        tokens = token + jnp.minimum(member, size - 1)  # unused rows repeat the last token
         at = position + jnp.minimum(member, size - 1)
         end = jnp.where(slot < 0, 0, position + size)
         low = jnp.maximum(position + 1 - window, 0) if window else 0
@@ -140,10 +148,9 @@ def prefill(
     """
     (N, H, D), (P, K, S, _) = q.shape, cache.k.shape
     base = batch.table.shape[0] * batch.tokens_per_row
-    T = N - base
-    plan = plan_prefill(batch, T, block)
+    plan = plan_prefill(batch, N - base, block, base=base)
     body = functools.partial(
-        _kernel, base=base, G=H // K, K=K, S=S, block=block, tile=tile, window=window, scale=scale,
+        _kernel, G=H // K, K=K, S=S, block=block, tile=tile, window=window, scale=scale,
         softcap=softcap,
     )  # fmt: skip
     return pl.pallas_call(

@@ -32,7 +32,7 @@ async def create(request: Request) -> Response:
     if body.echo:
         body.echo = None  # an assistant's answer does not repeat what was asked
     check_logprobs("top_logprobs", body.top_logprobs, frontend.max_logprobs)
-    frontend.client.check_room()
+    await frontend.client.until_ready()
     prompt = await frontend.chat_prompt(body)
     sampling = body.sampling(
         frontend.generation_config,
@@ -48,7 +48,8 @@ async def create(request: Request) -> Response:
         [choices] = await while_connected(request, collect([generation]))
     finally:
         generation.cancel()
-    return json_response(_whole(body, frontend, name, prompt, choices))
+    whole = _whole(body, frontend, name, prompt, choices)
+    return json_response(whole, request_id=name.public)
 
 
 def _logprobs(body: ChatCompletionRequest, delta: Delta) -> ChoiceLogprobs | None:

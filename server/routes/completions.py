@@ -58,7 +58,7 @@ async def create(request: Request) -> Response:
     body.check()
     wanted = int(body.logprobs) if body.logprobs is not None else None
     check_logprobs("logprobs", wanted, frontend.max_logprobs)
-    frontend.client.check_room()
+    await frontend.client.until_ready()
     name = RequestId.of(request, body, "cmpl")
     prompts = [await frontend.completion_prompt(prompt, body) for prompt in body.prompts()]
     job = Job(body, frontend, name, prompts, _sampling(body, frontend), body.max_tokens == 0)
@@ -77,7 +77,7 @@ async def create(request: Request) -> Response:
     except BaseException:
         cancel()
         raise
-    return json_response(_whole(job, whole))
+    return json_response(_whole(job, whole), request_id=name.public)
 
 
 def _sampling(body: CompletionRequest, frontend: Frontend) -> SamplingParams:

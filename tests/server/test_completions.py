@@ -117,7 +117,8 @@ def test_the_model_is_listed_and_found(server: Server) -> None:
 
 def test_the_request_id_of_a_client_is_kept(server: Server) -> None:
     body = {"prompt": "a", "request_id": "mine-1"}
-    assert server.post("/v1/completions", body).json()["id"] == "cmpl-mine-1"
+    response = server.post("/v1/completions", body)
+    assert response.json()["id"] == response.headers["x-request-id"] == "cmpl-mine-1"
 
 
 def test_a_path_that_is_not_there_is_a_404_in_the_same_shape(server: Server) -> None:

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from octavo.engine.config import EngineConfig
-from octavo.engine.messages import Abort, AddRequest, Dead, FromEngine, Output, Ready, Stats
+from octavo.engine.messages import Abort, AddRequest, Dead, Finish, FromEngine, Output, Ready, Stats
 from octavo.engine.process import client_identity, outputs_endpoint, requests_endpoint
 from octavo.engine.sampling_params import SamplingParams
 from octavo.server.launch import EngineProcess
@@ -135,7 +135,7 @@ def test_sigterm_lets_the_accepted_finish_and_refuses_the_new(
     os.kill(engine.pid, signal.SIGTERM)
     time.sleep(0.05)
     client.ask(2, [8], max_tokens=3)
-    finishes = {}
+    finishes: dict[int, Finish] = {}
     while 1 not in finishes:
         finishes |= {finish.handle: finish for finish in client.hear().finished}
     assert finishes[1].reason == "length"
@@ -169,3 +169,4 @@ def test_the_engine_ends_with_its_parent(engine: EngineProcess, client: RawClien
     assert stdin is not None
     stdin.close()  # what the kernel does for a parent that dies
     assert engine._process.wait(PATIENCE) == 1
+    assert not Path(engine.folder).exists()

@@ -93,9 +93,11 @@ def test_parts_cover_each_cached_token_once() -> None:
 
 def test_blocks_cover_each_chunk_token_once() -> None:
     *_, batch = cases.inputs(CASES["chunks"])
-    plan = plan_prefill(batch, 80, block=16)
-    tokens = [token + i for token, size, *_ in plan.tolist() for i in range(size)]
-    assert sorted(tokens) == list(range(80))
+    for align in (1, 8):
+        plan = plan_prefill(batch, 80, block=16, base=5, align=align).tolist()
+        tokens = [token + i for token, size, *_, lead in plan for i in range(lead, size)]
+        assert sorted(tokens) == list(range(5, 85))
+        assert all(token % align == 0 for token, *_ in plan)
 
 
 @pytest.mark.parametrize("heads", [(32, 8, 128), (14, 2, 64), (4, 1, 256)])

@@ -1,0 +1,51 @@
+"""`plan_memory`: what an engine would take, from its config alone; nothing is allocated."""
+
+from contextlib import closing
+from dataclasses import replace
+
+from octavo.backends.select import select
+from octavo.engine.assemble import cache_maker, open_model
+from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.device import use_cache
+from octavo.engine.host import Limits
+from octavo.engine.memory import MemoryPlan, Resolved, resolve, size
+from octavo.engine.programs import Programs
+from octavo.engine.step import Machine
+from octavo.models.config import ModelConfig
+
+
+def plan_memory(config: EngineConfig) -> MemoryPlan:
+    """The plan, with the workspace that the largest compiled programs really need.
+
+    Raises ConfigError where it does not fit.
+    """
+    config.validate()
+    backend = select(config.device)
+    with closing(open_model(config)) as checkpoint:
+        resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
+    use_cache(config.compilation_cache)
+    machine = Machine(resolved.dims, resolved.model, backend)
+    limits = Limits(
+        dims=resolved.dims,
+        row_buckets=resolved.row_buckets[-1:],
+        token_buckets=resolved.token_buckets[-1:],
+        depth=config.steps_in_flight,
+        prefix_caching=config.enable_prefix_caching,
+        by_priority=False,
+    )
+    programs = Programs(machine, limits, config.max_logprobs, fused=False)
+    programs.compile(resolved.model.abstract_params(resolved.dtype), cache_maker(backend, resolved))
+    return check_workspace(resolved, programs.workspace())
+
+
+def check_workspace(resolved: Resolved, workspace: int) -> MemoryPlan:
+    """The plan with the measured workspace. Raises ConfigError where that no longer fits."""
+    plan = replace(resolved.memory, workspace=workspace)
+    if plan.total > plan.usable:
+        raise ConfigError(
+            f"the compiled steps need {size(workspace)} of workspace, and with "
+            f"{size(plan.weights)} of weights and {size(plan.cache)} of cache that is "
+            f"{size(plan.total - plan.usable)} more than the {size(plan.usable)} usable; use a "
+            "smaller --max-num-batched-tokens or a lower --memory-utilization"
+        )
+    return plan
