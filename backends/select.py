@@ -15,6 +15,10 @@ def select(device: str = "auto") -> Backend:
     """
     # The pool's size is ours to decide, so JAX takes nearly all; it reads this when it starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    # Conditionals outside of command buffers make the host wait for their predicate.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if device in ("auto", "gpu") and "command_buffer" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=+CONDITIONAL".strip()
     found = jax.default_backend()
     asked = f"--device {device}"
     if device == "auto":

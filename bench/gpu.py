@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
         load = make(name, vocab)
         seconds = [drive(core, load) for _ in range(args.rounds)]
         if name == "single_stream":
-            rows.append(Row(name, "ms a token", Spread.of([1e3 * s / load.tokens_out for s in seconds])))
+            each = [1e3 * s / load.tokens_out for s in seconds]
+            rows.append(Row(name, "ms a token", Spread.of(each), digits=2))
         else:
             rows.append(Row(name, "out tok/s", Spread.of([load.tokens_out / s for s in seconds])))
             total = load.tokens_in + load.tokens_out

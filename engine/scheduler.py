@@ -238,6 +238,8 @@ def _launch(
         rich=special or any(s.wants_logprobs or s.masked for s in finals),
         masked=any(s.masked for s in live) or any(s.masked for s in finals),
         scored=any(s.wants_prompt_logprobs for s, _, _, _ in chunks),
+        greedy=not bool((host.choosy[:rows] & decoding[:rows]).any())
+        and not any(s.choosy for s in finals),
     )
     for pool in host.pools:
         pool.bound -= take
