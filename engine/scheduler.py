@@ -30,13 +30,13 @@ def schedule(host: Host) -> Launch | None:
             return _edit_only(host, draft)  # victims' stops and pages on their way travel alone
         host.counters.waits += 1
         return None
+    if not chunks and not host.decoding.any():
+        return _edit_only(host, draft) if host.stopping else None
     if host.limits.apart and chunks:
         decoding = np.zeros_like(host.decoding)
     else:
         decoding = host.decoding.copy()
-        _compact(host, draft, decoding)
-    if not chunks and not decoding.any():
-        return _edit_only(host, draft) if host.stopping else None
+        _compact(host, draft, decoding)  # last: from here on the draft is surely sent
     return _launch(host, draft, chunks, decoding)
 
 

@@ -240,3 +240,10 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(
     client.drain()
     assert client.finished[handle].status == 400
     assert says in client.finished[handle].message
+
+
+def test_rows_move_only_with_a_plan_that_is_sent(llama: EngineCore, reference: Reference) -> None:
+    """The last of four ends while nothing else is to be run: its row must stay where it is."""
+    one = {"which": 0, "n": 1, "warm": False, "priority": 0, "salt": "", "tail": 1, "length": 3}
+    trace = [("add", one | {"tail_seed": 0, "max_tokens": n}) for n in (1, 1, 1, 2)]
+    run_trace(begin_anew(llama, depth=2, prefix_caching=False), reference, trace)
