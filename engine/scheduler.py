@@ -180,7 +180,7 @@ def _tight(host: Host) -> bool:
 
 
 def _behind_windows(host: Host, least: int) -> list[tuple[int, Sequence, int]]:
-    """(group, sequence, first) of rows with `least` pages that every harvested query left behind."""
+    """(group, sequence, first) of rows where all harvested queries left `least` pages behind."""
     behind: list[tuple[int, Sequence, int]] = []
     for g, pool in enumerate(host.pools):
         if not pool.group.window:
