@@ -1,4 +1,4 @@
-"""Layers that see a window: their pages come back, and the text stays that of the whole sequence."""
+"""Layers that see a window: their pages come back, and the text stays what it must be."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -128,7 +128,7 @@ def test_a_window_pool_that_barely_fits_still_gets_everyone_done() -> None:
         max_num_seqs=4,
         max_num_batched_tokens=16,
         page_size=4,
-        num_pages=12,
+        num_pages=9,
     )
     core = make_engine(small)
     try:
