@@ -4,7 +4,6 @@
 refuses with the numbers and the settings that would make it fit.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +116,7 @@ def resolve(
             break
         if config.max_model_len != "auto" or shorter < 2 * page:
             _check_num_pages(config, dims)
-            raise ConfigError(_too_big(backend, limit, usable, weights, spent, page_bytes, dims))
+            raise _too_big(config, backend, limit, weights, spent, page_bytes, dims)
         longest = shorter
     _check_num_pages(config, dims)
     memory = MemoryPlan(
@@ -192,7 +191,9 @@ def _pages(
     """Pages per group within `left` bytes, and the longest sequence that they then allow."""
     per_slot = dims.pages_per_slot
     most = dims.slots * per_slot + 1
-    left = min(left, backend.cache_bytes or left)
+    if backend.cache_bytes and not config.num_pages:
+        asked = 0 if config.max_model_len == "auto" else (per_slot + 1) * sum(page_bytes)
+        left = min(left, max(backend.cache_bytes, asked))
     wanted, fixed = [], 0
     for group, cost in zip(dims.groups, page_bytes, strict=True):
         want = most
@@ -257,22 +258,38 @@ def _workspace_bytes(model: Model, dims: Dims, dtype: Any) -> int:
 
 
 def _too_big(
+    config: EngineConfig,
     backend: Backend,
     limit: int,
-    usable: int,
     weights: int,
     spent: int,
     page_bytes: tuple[int, ...],
     dims: Dims,
-) -> str:
-    left = usable - spent
-    least = sum(page_bytes) * (dims.pages_per_slot + 1)
-    hint = "use a smaller --max-model-len, fewer --max-num-seqs, or --dtype bfloat16"
+) -> ConfigError:
+    """Why no engine of these sizes can be, with the numbers and what to write instead."""
+    usable = int(limit * config.memory_utilization)
+    least, asked = dims.pages_per_slot + 1, config.num_pages
+    left = max(0, usable - spent)
+    if asked and asked < least:
+        return ConfigError(
+            f"`num_pages` is {asked:,}, but one sequence of {dims.max_len:,} tokens needs "
+            f"{least:,} pages of {dims.page_size} (one of them takes padding)",
+            f"--num-pages {least}, or --max-model-len {(asked - 1) * dims.page_size}",
+        )
+    if asked and usable > spent:
+        return ConfigError(
+            f"`num_pages` is {asked:,}, which take {size(asked * sum(page_bytes))}, but "
+            f"{size(left)} are left of the {size(usable)} usable",
+            f"--num-pages {left // sum(page_bytes)}, or 0 for what memory allows",
+        )
+    smaller = "" if config.dtype in ("bfloat16", "float16") else ", --dtype bfloat16"
+    hint = f"a smaller --max-model-len, fewer --max-num-seqs{smaller}, or a larger device"
     if usable < weights:
-        hint = "use a smaller model, --dtype bfloat16, or a device with more memory"
-    return (
+        hint = f"a smaller model{smaller}, or a larger device"
+    return ConfigError(
         f"the model does not fit: {size(weights)} of weights and {size(spent - weights)} of "
-        f"workspace leave {size(max(0, left))} of the {size(usable)} usable ({size(limit)} on "
+        f"workspace leave {size(left)} of the {size(usable)} usable ({size(limit)} on "
         f"{backend.name}), and one sequence of {dims.max_len:,} tokens needs "
-        f"{size(math.ceil(least))} of cache; {hint}"
+        f"{size(least * sum(page_bytes))} of cache",
+        hint,
     )
