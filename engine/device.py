@@ -85,7 +85,8 @@ class Device:
                 rich = self.programs.rich[launch.rows]
                 self.state, packed, flight.rich = rich(self.params, self.state, passed, mask)
             else:
-                sample = self.programs.sample[launch.rows]
+                choices = self.programs.greedy if launch.greedy else self.programs.sample
+                sample = choices[launch.rows]
                 self.state, packed = sample(self.params, self.state, passed)
             flight.result = (packed, *flight.result)
         self.reader.expect((flight.result, flight.rich, flight.scores))

@@ -54,6 +54,9 @@ def harvest(host: Host, flight: Flight, rows: Rows | None) -> Harvest:
         _finish(host, flight, flags, token, slots, out)
         if host.limits.prefix_caching:
             _name_pages(host)
+    else:  # an edit reports nothing: what it pushed is known from the bound
+        for g, pool in enumerate(host.pools):
+            pool.free = pool.bound + sum(later.takes[g] for later in host.flights)
     _fence(host, flight)
     return out
 

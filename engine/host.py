@@ -59,6 +59,7 @@ class Launch:
     rich: bool  # log probabilities or masks: sample apart
     masked: bool  # the mask needs every token before this step
     scored: bool  # prompt log probabilities
+    greedy: bool = False  # every row takes the likeliest token: the shortest program
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Host:
         self.indexed = np.zeros(dims.slots, np.int32)  # full pages whose names were given
         self.decoding = np.zeros(dims.slots, np.bool_)  # decodes in the next step, as far as known
         self.muted = np.zeros(dims.slots, np.bool_)  # aborted: tokens are dropped
+        self.choosy = np.zeros(dims.slots, np.bool_)  # wants more than the likeliest token
         self.special = np.zeros(dims.slots, np.bool_)  # wants log probabilities or a mask
         self.free_slots = list(range(dims.slots))  # heap: the lowest first
         self.prefilling: list[Sequence] = []  # in slots, in order
@@ -147,6 +149,7 @@ class Host:
         self.known[slot] = count
         self.limit[slot] = sequence.limit
         self.decoding[slot] = self.muted[slot] = False
+        self.choosy[slot] = sequence.choosy
         self.special[slot] = sequence.wants_logprobs or sequence.masked
 
     def vacate(self, slot: int) -> None:
@@ -180,6 +183,7 @@ class Host:
             self.indexed,
             self.decoding,
             self.muted,
+            self.choosy,
             self.special,
         ):
             array[dst] = array[src]

@@ -115,8 +115,10 @@ def resolve(
         if shorter == longest:
             break
         if config.max_model_len != "auto" or shorter < 2 * page:
+            _check_num_pages(config, dims)
             raise _too_big(config, backend, limit, weights, spent, page_bytes, dims)
         longest = shorter
+    _check_num_pages(config, dims)
     memory = MemoryPlan(
         device=backend.name,
         limit=limit,
@@ -219,6 +221,22 @@ def _pages(
         Dims(**{**dims.__dict__, "groups": groups}),
         longest if longest < dims.max_len else dims.max_len,
     )
+
+
+def _check_num_pages(config: EngineConfig, dims: Dims) -> None:
+    """Refuse a `num_pages` with which one sequence alone could come to a standstill."""
+    if not config.num_pages:
+        return
+    for group in dims.groups:
+        least = dims.pages_per_slot
+        if group.window:  # what a chunk sees and what it writes; admission.py asks for as much
+            least = min(least, -(-(group.window + dims.max_chunk) // dims.page_size) + 1)
+        if config.num_pages <= least:
+            raise ConfigError(
+                f"`num_pages` is {config.num_pages:,}, but one sequence of {dims.max_len:,} tokens "
+                f"needs at least {least + 1:,}, the page that takes padding included",
+                "use a larger --num-pages or a smaller --max-model-len; 0 takes what memory allows",
+            )
 
 
 def _state_bytes(dims: Dims) -> int:

@@ -56,6 +56,7 @@ class Programs:
     edit: Any = None
     empty: Any = None
     forward: dict[tuple[int, int], Any] = field(default_factory=dict)
+    greedy: dict[int, Any] = field(default_factory=dict)
     sample: dict[int, Any] = field(default_factory=dict)
     rich: dict[int, Any] = field(default_factory=dict)
     score: dict[int, Any] = field(default_factory=dict)
@@ -132,6 +133,7 @@ class Programs:
         rich = _rich(machine, self._most_logprobs())
         plain = (params, state, rows_only)
         return [
+            (f"greedy {rows} rows", self._put(self.greedy, rows), _greedy(machine), plain, (1,)),
             (f"sample {rows} rows", self._put(self.sample, rows), _sample(machine), plain, (1,)),
             (f"rich {rows} rows", self._put(self.rich, rows), rich, (*plain, mask), (1,)),
         ]
@@ -148,7 +150,13 @@ class Programs:
 
     def workspace(self) -> int:
         """The most temporary memory any program needs, in bytes."""
-        every = [self.edit, *self.forward.values(), *self.sample.values(), *self.rich.values()]
+        every = [
+            self.edit,
+            *self.forward.values(),
+            *self.greedy.values(),
+            *self.sample.values(),
+            *self.rich.values(),
+        ]
         every += [*self.score.values(), *self.step.values()]
         sizes = [p.memory_analysis() for p in every if p is not None]
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
@@ -172,6 +180,16 @@ def _forward(machine: step.Machine, rows: int, tokens: int) -> Any:
         return as_shard(out)
 
     return forward
+
+
+def _greedy(machine: step.Machine) -> Any:
+    def greedy(params: Any, state: Any, passed: Any) -> Any:
+        after, packed, _ = step.sample(
+            machine, params, one_shard(state), one_shard(passed), greedy=True
+        )
+        return as_shard((after, packed))
+
+    return greedy
 
 
 def _sample(machine: step.Machine) -> Any:

@@ -25,6 +25,7 @@ from octavo.models.ops import AttentionSpec, Ops
 from octavo.models.registry import Model
 from octavo.pallas_kernels.attention.batch import RaggedBatch
 from octavo.pallas_kernels.sampling import Controls, Edits, count_generated, top_logprobs
+from octavo.pallas_kernels.sampling import argmax as likeliest
 from octavo.pallas_kernels.sampling import sample as sample_tokens
 
 # Bits of a row's flags in the result.
@@ -218,8 +219,11 @@ def sample(
     mask: jax.Array | None = None,
     *,
     logprobs: int = 0,
+    greedy: bool = False,
 ) -> tuple[EngineState, jax.Array, tuple[jax.Array, ...]]:
     """Turn hidden states into tokens and mark the finished.
+
+    greedy: the host knows that every live row takes the likeliest token of the logits as they come.
 
     mask u32[R, ceil(V / 32)]: bit v of a row allows token v. logprobs > 0 also returns the
     likeliest. Returns the state, rows i32[4, R] (flags, token, logprob bits, length after), and
@@ -229,18 +233,10 @@ def sample(
     rows = live.shape[0]
     logits = machine.model.logits(params, passed.hidden, _ops(machine, ()))  # f32[R, V]
     length, generated = slots.length[:rows], (slots.length - slots.prompt_len)[:rows]
-    edits = Edits(
-        allowed=mask,
-        stop_ids=slots.stop_ids[:rows],
-        below_min=generated < slots.min_tokens[:rows],
-        bias_ids=slots.bias_ids[:rows],
-        bias=slots.bias[:rows],
-        counts=slots.counts[:rows] if machine.dims.counts else None,
-    )
-    controls = Controls.unpack(slots.sampling[:rows])
-    token, logprob = sample_tokens(
-        logits, controls, slots.seed[:rows], length, edits, logprobs=logprobs > 0
-    )
+    if greedy:
+        token, logprob = likeliest(logits), jnp.zeros((rows,), jnp.float32)
+    else:
+        token, logprob = _choose(machine, slots, logits, mask, logprobs > 0)
     by_stop = live & jnp.any(token[:, None] == slots.stop_ids[:rows], axis=1)
     by_stop = by_stop & (generated + 1 >= slots.min_tokens[:rows])
     finished = by_stop | (live & (length + 1 >= slots.limit[:rows]))
@@ -259,6 +255,24 @@ def sample(
         ids, values, _, rank = top_logprobs(logits, token, logprobs)
         extra = (ids, values, rank)
     return replace(state, slots=slots), packed, extra
+
+
+def _choose(
+    machine: Machine, slots: SlotState, logits: jax.Array, mask: jax.Array | None, logprob: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens i32[R] and their log probabilities f32[R], by every row's own parameters."""
+    rows = logits.shape[0]
+    length, generated = slots.length[:rows], (slots.length - slots.prompt_len)[:rows]
+    edits = Edits(
+        allowed=mask,
+        stop_ids=slots.stop_ids[:rows],
+        below_min=generated < slots.min_tokens[:rows],
+        bias_ids=slots.bias_ids[:rows],
+        bias=slots.bias[:rows],
+        counts=slots.counts[:rows] if machine.dims.counts else None,
+    )
+    controls = Controls.unpack(slots.sampling[:rows])
+    return sample_tokens(logits, controls, slots.seed[:rows], length, edits, logprobs=logprob)
 
 
 def _advance(slots: SlotState, token: jax.Array, live: jax.Array, finished: jax.Array) -> SlotState:
