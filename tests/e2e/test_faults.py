@@ -38,7 +38,7 @@ def test_bad_requests_are_answered_and_the_engine_serves_on(launch: Launch) -> N
         ),
         ({"prompt": "a", "max_tokens": 0}, "`max_tokens` must be at least 1 without `echo`, got 0"),
         ({"prompt": "a", "max_tokens": -1}, "`max_tokens` must be at least 1, got -1"),
-        ({"prompt": [7, 999]}, "`prompt` has token id 999, the vocabulary is 0 to 258"),
+        ({"prompt": [7, 999]}, "`prompt` has the token 999; ids are from 0 to 258"),
         ({"prompt": ""}, "`prompt` must hold at least one token, got none"),
     ]
     for body, message in cases:
@@ -47,7 +47,7 @@ def test_bad_requests_are_answered_and_the_engine_serves_on(launch: Launch) -> N
     wrong = server.post("/v1/completions", {"prompt": "a", "model": "gpt"})
     assert wrong.status_code == 404
     assert wrong.json()["error"]["message"] == (
-        "the model `gpt` does not exist; this server has `tiny`"
+        "the model `gpt` does not exist: this server has `tiny`"
     )
     assert answers(server)
     assert server.metric("octavo:compiles_after_ready_total") == 0
