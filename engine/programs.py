@@ -99,9 +99,11 @@ class Programs:
             ("edit", self._set("edit"), _edit(machine), (state, vector), (0,)),
             ("empty", self._set("empty"), lambda: new_state(machine, init_kv), (), ()),
         ]
+        # One function a shape: jax traces it once, for its result's shape here and to compile it.
+        forwards = {shape: _forward(machine, *shape) for shape in self.shapes()}
         # The slowest first, so that they do not end up alone at the end.
         for rows, tokens in sorted(self.shapes(), reverse=True):
-            function = _forward(machine, rows, tokens)
+            function = forwards[rows, tokens]
             arguments = (params, state, vector) if tokens else (params, state)
             name = f"forward {rows} rows + {tokens} tokens"
             jobs.append((name, self._put(self.forward, (rows, tokens)), function, arguments, (1,)))
@@ -110,9 +112,8 @@ class Programs:
                 name = f"step {rows} rows + {tokens} tokens"
                 jobs.append((name, self._put(self.step, (rows, tokens)), whole, arguments, (1,)))
         for rows, tokens in self.shapes():
-            passed = jax.eval_shape(
-                _forward(machine, rows, tokens), params, state, *((vector,) if tokens else ())
-            )[1]
+            arguments = (params, state, vector) if tokens else (params, state)
+            passed = jax.eval_shape(forwards[rows, tokens], *arguments)[1]
             if tokens and tokens not in self.score:
                 hidden = passed.chunk_hidden
                 targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
