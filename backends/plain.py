@@ -60,7 +60,11 @@ def layers(
     cache: Sequence[Any],
     specs: Sequence[Any],
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """A loop, unrolled in the program: a scan would copy each layer's weights before use."""
+    """A loop, unrolled in the program: a scan would copy each layer's weights before use.
+
+    Layers of one kind are traced once: tracing thirty of them is most of a warm start.
+    """
+    block = jax.jit(block, static_argnums=3)
     after = []
     for one, kept, spec in zip(params, cache, specs, strict=True):
         x, kept = block(x, one, kept, spec)
