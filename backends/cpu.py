@@ -23,7 +23,7 @@ def backend(reason: str) -> Backend:
         linear=plain.linear,
         grouped_linear=plain.grouped_linear,
         layers=plain.layers,
-        row_buckets=lambda most: doubling(min(2, most), most),
+        row_buckets=lambda most: doubling(1, most),
         token_buckets=lambda most: doubling(min(32, most), most, 4),
         max_num_seqs=32,
         max_num_batched_tokens=512,
