@@ -14,7 +14,7 @@ import numpy as np
 from octavo.engine.plan import Draft
 from octavo.engine.pool import Pool
 from octavo.engine.sequence import Phase, Sequence
-from octavo.engine.state import Dims
+from octavo.engine.state import STOP_IDS, Dims
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Host:
         self.decoding = np.zeros(dims.slots, np.bool_)  # decodes in the next step, as far as known
         self.muted = np.zeros(dims.slots, np.bool_)  # aborted: tokens are dropped
         self.special = np.zeros(dims.slots, np.bool_)  # wants log probabilities or a mask
+        self.watched = np.zeros(dims.slots, np.bool_)  # has stop tokens that only the host checks
         self.free_slots = list(range(dims.slots))  # heap: the lowest first
         self.prefilling: list[Sequence] = []  # in slots, in order
         self.stopping: list[Sequence] = []  # their stop is in no plan yet
@@ -148,6 +149,7 @@ class Host:
         self.limit[slot] = sequence.limit
         self.decoding[slot] = self.muted[slot] = False
         self.special[slot] = sequence.wants_logprobs or sequence.masked
+        self.watched[slot] = len(sequence.stop_ids) > STOP_IDS
 
     def vacate(self, slot: int) -> None:
         """The slot and its pages are the host's again."""
@@ -181,6 +183,7 @@ class Host:
             self.decoding,
             self.muted,
             self.special,
+            self.watched,
         ):
             array[dst] = array[src]
         self.serial[src], self.decoding[src] = -1, False
