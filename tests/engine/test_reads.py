@@ -11,6 +11,11 @@ from tests.engine.invariants import check_drained
 from tests.engine.tiny import Client, Reference, begin_anew, prompt
 
 
+def addresses(core: EngineCore) -> list[int]:
+    """Where the leaves of the state are: the same for ever, when every step is in place."""
+    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(core.device.state)]
+
+
 @pytest.fixture
 def texts(reference: Reference) -> list[tuple[list[int], int, list[int]]]:
     """40 requests and their texts, made before the engine runs: references compile."""
@@ -30,40 +35,36 @@ def test_a_long_mixed_run_neither_waits_nor_compiles_nor_copies(
     counts = core.reader.counts
     stalls, compiles = counts.stalls, WATCH.unexpected
     reads = counts.ready + counts.paced + counts.stalls
-    client, chance = Client(core), random.Random(6)
+    client, chance, home = Client(core), random.Random(6), addresses(core)
     asked, waiting, gaps = [], list(texts), 0
     while waiting or core.has_work():
         if waiting and chance.random() < 0.15:
             text, count, want = waiting.pop(0)
             asked.append((client.add(text, max_tokens=count), want))
-        before = jax.tree.leaves(core.device.state)
-        steps = core.host.counters.steps
         had_work = core.has_work()
         client.turn()
-        if core.host.counters.steps > steps:
-            kept = [leaf.shape for leaf in before if not leaf.is_deleted()]
-            assert not kept, f"these leaves of the state were copied, not donated: {kept}"
+        assert addresses(core) == home, "a leaf of the state was copied, not donated"
         gaps += had_work and not core.has_work()
+    assert WATCH.unexpected == compiles, "a program was compiled while requests waited"
     check_drained(core)
     assert core.host.counters.steps >= 200
     assert all(client.tokens[handle] == want for handle, want in asked)
-    assert WATCH.unexpected == compiles, "a program was compiled while requests waited"
-    # A read stalls where nothing else is in flight: the last step before the engine is idle, and
-    # a step behind which there was nothing to dispatch, because every row ended with it or the
-    # pages had to come back first.
+    # A read may stall where nothing else could be in flight: at the last step before the engine is
+    # idle, and where pages had to come back before anything could be dispatched.
     idle = gaps + core.host.counters.waits + core.host.counters.preemptions
-    assert counts.stalls - stalls <= idle + len(asked) // 4
+    assert counts.stalls - stalls <= idle < 20
     assert counts.ready + counts.paced + counts.stalls - reads == core.host.counters.steps
 
 
 def test_a_steady_batch_never_stalls(llama: EngineCore, reference: Reference) -> None:
-    """Eight rows decode together: while one step runs the next is always out."""
+    """Six rows decode together: while one step runs the next is always out."""
     core = begin_anew(llama, depth=2)
     client = Client(core)
-    for i in range(8):
+    for i in range(6):
         client.add(prompt(4 + i), max_tokens=12, ignore_eos=True)
     stalls = core.reader.counts.stalls
     client.drain()
+    assert core.host.counters.preemptions == 0
     assert core.reader.counts.stalls - stalls <= 1, "only the last step has nothing behind it"
 
 

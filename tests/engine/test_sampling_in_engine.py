@@ -267,7 +267,8 @@ def test_penalties_are_those_of_numpy(
 
     want = edited(reference, 24, change)
     client = busy(core)
-    handle = client.add(PROMPT, max_tokens=24, ignore_eos=True, **{penalty: value})
+    asked: dict[str, Any] = {penalty: value}
+    handle = client.add(PROMPT, max_tokens=24, ignore_eos=True, **asked)
     client.drain()
     assert client.tokens[handle] == want != reference.text(PROMPT, 24, ignore_eos=True)
 
