@@ -270,12 +270,6 @@ def _too_big(
     usable = int(limit * config.memory_utilization)
     least, asked = dims.pages_per_slot + 1, config.num_pages
     left = max(0, usable - spent)
-    if asked and asked < least:
-        return ConfigError(
-            f"`num_pages` is {asked:,}, but one sequence of {dims.max_len:,} tokens needs "
-            f"{least:,} pages of {dims.page_size} (one of them takes padding)",
-            f"--num-pages {least}, or --max-model-len {(asked - 1) * dims.page_size}",
-        )
     if asked and usable > spent:
         return ConfigError(
             f"`num_pages` is {asked:,}, which take {size(asked * sum(page_bytes))}, but "

@@ -49,13 +49,6 @@ def end(server: Server) -> int:
 
 def pages_in_use(server: Server) -> float:
     """Pages that are neither free nor kept for their prefix."""
-    text = server.get("/metrics").text
-    states = {
-        state: sum(
-            float(line.split()[-1])
-            for line in text.splitlines()
-            if line.startswith("octavo:pages{") and f'state="{state}"' in line
-        )
-        for state in ("total", "free", "cached")
-    }
-    return states["total"] - states["free"] - states["cached"]
+    lines = server.get("/metrics").text.splitlines()
+    [used] = [line for line in lines if line.startswith("octavo:pages{") and 'state="used"' in line]
+    return float(used.split()[-1])
