@@ -3,9 +3,9 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
-from openai import OpenAI
 
 from octavo import LLM, AsyncLLM, RequestOutput, SamplingParams
 from octavo.engine.sampling_params import RequestOutputKind
@@ -19,7 +19,7 @@ def check(output: RequestOutput, row: Row) -> None:
     [completion] = output.outputs
     assert list(completion.token_ids) == row.output_ids
     assert (completion.text, completion.finish_reason) == (row.spoken, row.finish_reason)
-    assert len(output.prompt_token_ids) == row.prompt_tokens
+    assert len(output.prompt_token_ids or []) == row.prompt_tokens
     assert output.finished
 
 
@@ -100,7 +100,7 @@ def test_the_chat_command_prints_the_answer_as_it_comes() -> None:
 
 
 def test_the_endpoint_whole(served: Server) -> None:
-    client: OpenAI = served.openai()
+    client: Any = served.openai()
     text = client.completions.create(
         model="smollm2-135m", prompt=COMPLETION.prompt, temperature=0, max_tokens=20
     )
@@ -113,7 +113,7 @@ def test_the_endpoint_whole(served: Server) -> None:
 
 
 def test_the_endpoint_streamed(served: Server) -> None:
-    client: OpenAI = served.openai()
+    client: Any = served.openai()
     pieces = client.completions.create(
         model="smollm2-135m", prompt=COMPLETION.prompt, temperature=0, max_tokens=20, stream=True
     )
