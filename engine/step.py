@@ -195,20 +195,29 @@ def forward(
     ops = _ops(machine, tuple(batches))
     hidden, kv = machine.model.forward(params, flat.token, flat.position, state.kv, ops)
 
-    onehot = chunk[:, :1] == jnp.arange(dims.slots, dtype=jnp.int32)[None, :]  # [CHUNKS, B]
+    length, picked, final = _after(slots, flat, hidden, rows)
+    state = replace(state, slots=replace(slots, length=length), pages=tuple(groups), kv=kv)
+    passed = Passed(picked, hidden[rows:], slots.active[:rows] | final)
+    return state, passed, jnp.concatenate(taken)
+
+
+def _after(
+    slots: SlotState, flat: _Tokens, hidden: jax.Array, rows: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lengths i32[B] after the step, hidden [R, E] of each row's last token, and bool[R]: the row's
+    prompt ended with this step."""
+    chunk = flat.chunk
+    slot = jnp.arange(slots.active.shape[0], dtype=jnp.int32)
+    onehot = chunk[:, :1] == slot[None, :]  # [CHUNKS, B]
     ran = jnp.sum(jnp.where(onehot, chunk[:, 2:3], 0), axis=0)  # [B] chunk tokens of each slot
     ran = ran.at[:rows].add(slots.active[:rows].astype(jnp.int32))
     last = flat.offset + jnp.maximum(chunk[:, 2], 1) - 1  # [CHUNKS]
     ends = onehot & (chunk[:, 3:4] != 0)
     final = jnp.any(ends, axis=0)[:rows]
+    if hidden.shape[0] == rows:
+        return slots.length + ran, hidden, final
     at = rows + jnp.sum(jnp.where(ends, last[:, None], 0), axis=0)[:rows]
-    row = jnp.arange(rows, dtype=jnp.int32)
-    picked = hidden[jnp.where(final, at, row)] if tokens else hidden
-    state = replace(
-        state, slots=replace(slots, length=slots.length + ran), pages=tuple(groups), kv=kv
-    )
-    live = slots.active[:rows] | final
-    return state, Passed(picked, hidden[rows:], live), jnp.concatenate(taken)
+    return slots.length + ran, hidden[jnp.where(final, at, slot[:rows])], final
 
 
 def taken_capacity(dims: Dims, rows: int, tokens: int) -> int:

@@ -53,7 +53,7 @@ def crowd(client: Client) -> list[tuple[int, list[int], dict[str, Any]]]:
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("prefix_caching", [True, False])
-@pytest.mark.parametrize("kind", ["forward", "greedy", "edit"])
+@pytest.mark.parametrize("kind", ["forward", "sample", "edit"])
 def test_one_failure_changes_no_text(
     llama: EngineCore,
     reference: Reference,
@@ -112,7 +112,7 @@ def test_a_second_failure_is_fatal_and_says_why(
 ) -> None:
     core = begin_anew(llama)
     with monkeypatch.context() as patch:
-        break_at(core, patch, "greedy", last=99)
+        break_at(core, patch, "sample", last=99)
         client = Client(core)
         crowd(client)
         with pytest.raises(EngineFailure, match="failed again after a restart.*RuntimeError: the"):
