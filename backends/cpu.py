@@ -29,7 +29,6 @@ def backend(reason: str) -> Backend:
         max_num_batched_tokens=512,
         page_size=16,
         dtype="float32",
-        fused=False,  # a second dispatch costs nothing here, compiling twice does
         cache_bytes=2 << 30,  # the machine is used for other things too
         memory_limit=available_memory,
         why_not=why_not,

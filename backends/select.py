@@ -1,8 +1,10 @@
 """Which backend runs here."""
 
+import os
+
 import jax
 
-from octavo.backends import cpu, gpu_plain
+from octavo.backends import cpu, gpu
 from octavo.backends.record import Backend, BackendError
 
 
@@ -11,6 +13,12 @@ def select(device: str = "auto") -> Backend:
 
     Raises BackendError where jax sees no such device, or Octavo has no backend for it.
     """
+    # The pool's size is ours to decide, so JAX takes nearly all; it reads this when it starts.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    # Conditionals outside of command buffers make the host wait for their predicate.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if device in ("auto", "gpu") and "command_buffer" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=+CONDITIONAL".strip()
     found = jax.default_backend()
     asked = f"--device {device}"
     if device == "auto":
@@ -23,5 +31,5 @@ def select(device: str = "auto") -> Backend:
                 f"no gpu is visible to jax, which found {found}; "
                 "install octavo[cuda], or use --device cpu"
             )
-        return gpu_plain.backend(f"gpu: plain XLA, no kernels of our own yet ({asked})")
+        return gpu.backend(f"gpu: our own paged attention, XLA for the rest ({asked})")
     raise BackendError(f"no backend record for {device} yet; use --device cpu")

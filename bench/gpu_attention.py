@@ -60,6 +60,10 @@ PREFILL = (
 )
 
 
+def _i32(values: Any) -> jax.Array:
+    return jnp.asarray(values, jnp.int32)
+
+
 def make(shape: Shape, page_size: int, seed: int = 0) -> tuple[RaggedBatch, jax.Array, Any, KV]:
     """A shuffled pool full of random numbers, and one step over it: batch, q, (k, v), cache."""
     H, K, D = HEADS
@@ -84,12 +88,19 @@ def make(shape: Shape, page_size: int, seed: int = 0) -> tuple[RaggedBatch, jax.
     dest = np.where(real, table[slot, position // S] * S + position % S, 0)
     counts = np.array([c for _, c in shape.chunks] or [0])
     starts = [n for n, _ in shape.chunks] or [0]
-    arrays = (
-        table, [n for n, _ in rows], [c for _, c in rows], np.arange(len(counts)), starts, counts,
-        np.cumsum(counts) - counts, dest, position, slot,
-    )  # fmt: skip
     batch = RaggedBatch(
-        *(jnp.asarray(a, jnp.int32) for a in arrays), real=jnp.asarray(real), page_size=S
+        table=_i32(table),
+        row_start=_i32([n for n, _ in rows]),
+        row_count=_i32([c for _, c in rows]),
+        chunk_slot=_i32(np.arange(len(counts))),
+        chunk_start=_i32(starts),
+        chunk_count=_i32(counts),
+        chunk_offset=_i32(np.cumsum(counts) - counts),
+        dest=_i32(dest),
+        position=_i32(position),
+        slot=_i32(slot),
+        real=jnp.asarray(real),
+        page_size=S,
     )
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), 5)  # compiles fast
     normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)

@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"# {sum(t.error == message for t in traces)} requests failed: {message}")
     keys = ("url", "chat", "input_len", "output_len", "num_prompts", "concurrency", "request_rate")
     settings = {key: getattr(args, key) for key in keys}
+    settings["request_rate"] = str(args.request_rate)  # JSON has no infinity
     settings |= {"completed": len(good), "failed": len(traces) - len(good)}
     if good:
         report("serve", settings, summary(good, seconds), args)

@@ -9,6 +9,7 @@ example:
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -63,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
 def start(values: dict[str, Any]) -> list[float]:
     """The seconds of one start, in a process of its own, in the order of QUANTITIES."""
-    child = subprocess.run(
-        [sys.executable, "-c", _CHILD, json.dumps(values)], capture_output=True, text=True
-    )
+    # jax's own variable would win over the folder that this measurement brings.
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", _CHILD, json.dumps(values)]
+    child = subprocess.run(command, capture_output=True, text=True, env=environment)
     for line in child.stdout.splitlines():
         if line.startswith("seconds:"):
             return list(json.loads(line.removeprefix("seconds:")))

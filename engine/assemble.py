@@ -1,8 +1,8 @@
 """From an EngineConfig to the parts of an engine: backend, sizes, weights."""
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 
 from octavo.backends.record import Backend
 from octavo.backends.select import select
-from octavo.engine.config import EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.memory import Resolved, resolve
-from octavo.models.checkpoint import Checkpoint, open_checkpoint
-from octavo.models.config import ModelConfig
-from octavo.models.load import load_params, random_params
+from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from octavo.models.config import ModelConfig, ModelConfigError
+from octavo.models.load import LoadError, load_params, random_params
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -32,6 +32,15 @@ class Parts:
     load_seconds: float
 
 
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What is wrong with a checkpoint is the user's to mend, as a wrong setting is."""
+    try:
+        yield
+    except (CheckpointError, LoadError, ModelConfigError) as error:
+        raise ConfigError(str(error)) from None
+
+
 def open_model(config: EngineConfig) -> Checkpoint:
     """The checkpoint that a config names."""
     return open_checkpoint(
@@ -45,7 +54,7 @@ def open_model(config: EngineConfig) -> Checkpoint:
 def assemble(config: EngineConfig, progress: Progress | None = None) -> Parts:
     """Open the checkpoint, decide every size, load the weights."""
     backend = select(config.device)
-    with closing(open_model(config)) as checkpoint:
+    with refusals(), closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
         began = time.perf_counter()
         params = _weights(config, checkpoint, resolved, progress)

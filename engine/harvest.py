@@ -12,7 +12,9 @@ import numpy as np
 from octavo.engine.host import Flight, Host
 from octavo.engine.messages import Finish, Logprobs, Start
 from octavo.engine.prefix import extend_hashes
+from octavo.engine.scheduler import stop
 from octavo.engine.sequence import Phase, Sequence
+from octavo.engine.state import STOP_IDS
 
 LIVE, FINISHED, BY_STOP = 1, 2, 4  # bits of a row's flags; engine/step.py
 
@@ -45,15 +47,19 @@ def harvest(host: Host, flight: Flight, rows: Rows | None) -> Harvest:
         if sequence.slot >= 0:
             host.pools[group].advance(sequence.slot, first)
     if rows is not None:
-        flags, token, _, length = rows.packed
+        flags, token = rows.packed[:2]
         live = (flags & LIVE) != 0
         slots = _slots_now(host, flight)
         _collect_pages(host, flight, rows, live, slots)
         _collect_tokens(host, flight, rows, live, slots, out)
         _collect_chunks(host, flight, rows, out)
+        flags = _stop_late(host, rows, live, slots, out)
         _finish(host, flight, flags, token, slots, out)
         if host.limits.prefix_caching:
             _name_pages(host)
+    else:  # an edit reports nothing: what it pushed is known from the bound
+        for g, pool in enumerate(host.pools):
+            pool.free = pool.bound + sum(later.takes[g] for later in host.flights)
     _fence(host, flight)
     return out
 
@@ -190,6 +196,34 @@ def release_children(host: Host, parent: Sequence) -> None:
     """The other choices of a request may start: their prompt's pages are there."""
     for child in host.children.pop(parent.serial, []):
         host.enqueue(child)
+
+
+def _stop_late(
+    host: Host, rows: Rows, live: np.ndarray, slots: np.ndarray, out: Harvest
+) -> np.ndarray:
+    """End rows whose token is a stop token beyond those that the device checks.
+
+    Returns the rows' flags: a row that ended here for its length ended for its stop token too.
+    """
+    flags, token = rows.packed[0].copy(), rows.packed[1]
+    for row in np.flatnonzero(live & host.watched[slots] & ~host.muted[slots]).tolist():
+        slot = int(slots[row])
+        sequence = host.occupant[slot]
+        assert sequence is not None, f"{slot=} is empty"
+        generated = int(host.known[slot]) - sequence.prompt_len
+        few = generated < sequence.request.sampling.min_tokens
+        if few or int(token[row]) not in sequence.stop_ids[STOP_IDS:]:
+            continue
+        if flags[row] & FINISHED:
+            flags[row] |= BY_STOP
+            continue
+        out.finished.append(Finish(sequence.handle, "stop", _stop_token(sequence, token[row])))
+        host.live.pop(sequence.handle, None)
+        if sequence.phase is Phase.RUNNING:
+            stop(host, sequence, Phase.STOPPING)
+        else:  # its stop is on the way already
+            sequence.phase, host.muted[slot] = Phase.STOPPING, True
+    return flags
 
 
 def _finish(

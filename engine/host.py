@@ -14,7 +14,7 @@ import numpy as np
 from octavo.engine.plan import Draft
 from octavo.engine.pool import Pool
 from octavo.engine.sequence import Phase, Sequence
-from octavo.engine.state import Dims
+from octavo.engine.state import STOP_IDS, Dims
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Launch:
     rich: bool  # log probabilities or masks: sample apart
     masked: bool  # the mask needs every token before this step
     scored: bool  # prompt log probabilities
+    greedy: bool = False  # every row takes the likeliest token: the shortest program
 
 
 @dataclass
@@ -92,7 +93,9 @@ class Host:
         self.indexed = np.zeros(dims.slots, np.int32)  # full pages whose names were given
         self.decoding = np.zeros(dims.slots, np.bool_)  # decodes in the next step, as far as known
         self.muted = np.zeros(dims.slots, np.bool_)  # aborted: tokens are dropped
+        self.choosy = np.zeros(dims.slots, np.bool_)  # wants more than the likeliest token
         self.special = np.zeros(dims.slots, np.bool_)  # wants log probabilities or a mask
+        self.watched = np.zeros(dims.slots, np.bool_)  # has stop tokens that only the host checks
         self.free_slots = list(range(dims.slots))  # heap: the lowest first
         self.prefilling: list[Sequence] = []  # in slots, in order
         self.stopping: list[Sequence] = []  # their stop is in no plan yet
@@ -147,7 +150,9 @@ class Host:
         self.known[slot] = count
         self.limit[slot] = sequence.limit
         self.decoding[slot] = self.muted[slot] = False
+        self.choosy[slot] = sequence.choosy
         self.special[slot] = sequence.wants_logprobs or sequence.masked
+        self.watched[slot] = len(sequence.stop_ids) > STOP_IDS
 
     def vacate(self, slot: int) -> None:
         """The slot and its pages are the host's again."""
@@ -180,7 +185,9 @@ class Host:
             self.indexed,
             self.decoding,
             self.muted,
+            self.choosy,
             self.special,
+            self.watched,
         ):
             array[dst] = array[src]
         self.serial[src], self.decoding[src] = -1, False

@@ -4,7 +4,6 @@
 refuses with the numbers and the settings that would make it fit.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +115,10 @@ def resolve(
         if shorter == longest:
             break
         if config.max_model_len != "auto" or shorter < 2 * page:
-            raise ConfigError(_too_big(backend, limit, usable, weights, spent, page_bytes, dims))
+            _check_num_pages(config, dims)
+            raise _too_big(config, backend, limit, weights, spent, page_bytes, dims)
         longest = shorter
+    _check_num_pages(config, dims)
     memory = MemoryPlan(
         device=backend.name,
         limit=limit,
@@ -190,7 +191,9 @@ def _pages(
     """Pages per group within `left` bytes, and the longest sequence that they then allow."""
     per_slot = dims.pages_per_slot
     most = dims.slots * per_slot + 1
-    left = min(left, backend.cache_bytes or left)
+    if backend.cache_bytes and not config.num_pages:
+        asked = 0 if config.max_model_len == "auto" else (per_slot + 1) * sum(page_bytes)
+        left = min(left, max(backend.cache_bytes, asked))
     wanted, fixed = [], 0
     for group, cost in zip(dims.groups, page_bytes, strict=True):
         want = most
@@ -220,6 +223,22 @@ def _pages(
     )
 
 
+def _check_num_pages(config: EngineConfig, dims: Dims) -> None:
+    """Refuse a `num_pages` with which one sequence alone could come to a standstill."""
+    if not config.num_pages:
+        return
+    for group in dims.groups:
+        least = dims.pages_per_slot
+        if group.window:  # what a chunk sees and what it writes; admission.py asks for as much
+            least = min(least, -(-(group.window + dims.max_chunk) // dims.page_size) + 1)
+        if config.num_pages <= least:
+            raise ConfigError(
+                f"`num_pages` is {config.num_pages:,}, but one sequence of {dims.max_len:,} tokens "
+                f"needs at least {least + 1:,}, the page that takes padding included",
+                "use a larger --num-pages or a smaller --max-model-len; 0 takes what memory allows",
+            )
+
+
 def _state_bytes(dims: Dims) -> int:
     """Everything in the state but the cache, and two plans in flight."""
     rows = dims.slots + 1
@@ -239,22 +258,32 @@ def _workspace_bytes(model: Model, dims: Dims, dtype: Any) -> int:
 
 
 def _too_big(
+    config: EngineConfig,
     backend: Backend,
     limit: int,
-    usable: int,
     weights: int,
     spent: int,
     page_bytes: tuple[int, ...],
     dims: Dims,
-) -> str:
-    left = usable - spent
-    least = sum(page_bytes) * (dims.pages_per_slot + 1)
-    hint = "use a smaller --max-model-len, fewer --max-num-seqs, or --dtype bfloat16"
+) -> ConfigError:
+    """Why no engine of these sizes can be, with the numbers and what to write instead."""
+    usable = int(limit * config.memory_utilization)
+    least, asked = dims.pages_per_slot + 1, config.num_pages
+    left = max(0, usable - spent)
+    if asked and usable > spent:
+        return ConfigError(
+            f"`num_pages` is {asked:,}, which take {size(asked * sum(page_bytes))}, but "
+            f"{size(left)} are left of the {size(usable)} usable",
+            f"--num-pages {left // sum(page_bytes)}, or 0 for what memory allows",
+        )
+    smaller = "" if config.dtype in ("bfloat16", "float16") else ", --dtype bfloat16"
+    hint = f"a smaller --max-model-len, fewer --max-num-seqs{smaller}, or a larger device"
     if usable < weights:
-        hint = "use a smaller model, --dtype bfloat16, or a device with more memory"
-    return (
+        hint = f"a smaller model{smaller}, or a larger device"
+    return ConfigError(
         f"the model does not fit: {size(weights)} of weights and {size(spent - weights)} of "
-        f"workspace leave {size(max(0, left))} of the {size(usable)} usable ({size(limit)} on "
+        f"workspace leave {size(left)} of the {size(usable)} usable ({size(limit)} on "
         f"{backend.name}), and one sequence of {dims.max_len:,} tokens needs "
-        f"{size(math.ceil(least))} of cache; {hint}"
+        f"{size(least * sum(page_bytes))} of cache",
+        hint,
     )

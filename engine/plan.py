@@ -68,8 +68,8 @@ def _segments(dims: Dims) -> dict[str, tuple[int, ...]]:
 
 
 def upload_capacity(dims: Dims) -> int:
-    """Tokens one plan can carry: any one prompt, or several buckets of short ones."""
-    return max(dims.max_len, dims.max_chunk, 2 * BIAS)
+    """Tokens one plan can carry: any one prompt with all its biases, or several short ones."""
+    return max(dims.max_len, dims.max_chunk) + 2 * BIAS
 
 
 def plan_size(dims: Dims) -> int:

@@ -26,17 +26,19 @@ def schedule(host: Host) -> Launch | None:
     budget -= _continue_prompts(host, chunks, budget)
     admit(host, draft, chunks, budget)
     if not make_room(host, chunks):
-        if host.stopping or draft.admissions or any(pool.returns for pool in host.pools):
-            return _edit_only(host, draft)  # victims' stops and pages on their way travel alone
+        windows = _windows(host, draft, least=1)
+        if draft.edits() or host.stopping or any(pool.returns for pool in host.pools):
+            # victims' stops and pages on their way travel alone
+            return _edit_only(host, draft, windows)
         host.counters.waits += 1
         return None
+    if not chunks and not host.decoding.any():
+        return _edit_only(host, draft) if host.stopping else None
     if host.limits.apart and chunks:
         decoding = np.zeros_like(host.decoding)
     else:
         decoding = host.decoding.copy()
-        _compact(host, draft, decoding)
-    if not chunks and not decoding.any():
-        return _edit_only(host, draft) if host.stopping else None
+        _compact(host, draft, decoding)  # last: from here on the draft is surely sent
     return _launch(host, draft, chunks, decoding)
 
 
@@ -75,13 +77,14 @@ def make_room(host: Host, chunks: list[tuple[Sequence, int, int, bool]]) -> bool
         need = needs(host, chunks)
         for pool in host.pools:
             pool.evict(need - pool.bound - len(pool.returns))
-        if all(need <= pool.bound + min(len(pool.returns), most) for pool in host.pools):
+        short = {
+            g
+            for g, pool in enumerate(host.pools)
+            if need > pool.bound + min(len(pool.returns), most)
+        }
+        if not short:
             return True
-        if any(len(pool.returns) > most for pool in host.pools):
-            return False
-        if any(s.phase is Phase.STOPPING or s.phase is Phase.PREEMPTING for s in _inside(host)):
-            return False  # pages are on their way back
-        if any(flight.stops for flight in host.flights):
+        if _coming_back(host, short):
             return False
         victim = _victim(host)
         if victim is None:
@@ -89,6 +92,19 @@ def make_room(host: Host, chunks: list[tuple[Sequence, int, int, bool]]) -> bool
         host.counters.preemptions += 1
         chunks[:] = [chunk for chunk in chunks if chunk[0] is not victim]
         stop(host, victim, Phase.PREEMPTING)
+
+
+def _coming_back(host: Host, short: set[int]) -> bool:
+    """Whether the groups that are short get pages without anybody being preempted for them."""
+    if any(len(pool.returns) > host.limits.dims.returns for pool in host.pools):
+        return True
+    if any(s.phase is Phase.STOPPING or s.phase is Phase.PREEMPTING for s in _inside(host)):
+        return True
+    if any(flight.stops for flight in host.flights):
+        return True
+    behind = _behind_windows(host, least=1)
+    behind += [window for flight in host.flights for window in flight.windows]
+    return any(g in short for g, _, _ in behind)
 
 
 def stop(host: Host, sequence: Sequence, phase: Phase) -> None:
@@ -163,27 +179,34 @@ def _tight(host: Host) -> bool:
     return any(pool.bound < host.limits.dims.slots + len(pool.returns) for pool in host.pools)
 
 
-def _windows(host: Host, draft: Draft) -> list[tuple[int, Sequence, int]]:
-    """Give back the pages that every harvested query has left behind."""
-    moved: list[tuple[int, Sequence, int]] = []
+def _behind_windows(host: Host, least: int) -> list[tuple[int, Sequence, int]]:
+    """(group, sequence, first) of rows where all harvested queries left `least` pages behind."""
+    behind: list[tuple[int, Sequence, int]] = []
     for g, pool in enumerate(host.pools):
         if not pool.group.window:
             continue
         first = np.maximum(host.ran - pool.group.window + 1, 0) >> pool.shift
         gain = np.where(host.serial >= 0, first - pool.sent_first, 0)
-        least = 1 if _tight(host) or draft.edits() else 4
         for slot in np.flatnonzero(gain >= least).tolist():
             sequence = host.occupant[slot]
-            if sequence is None or sequence.phase is not Phase.RUNNING:
-                continue
-            pool.sent_first[slot] = first[slot]
-            draft.windows.append((g, slot, int(first[slot])))
-            moved.append((g, sequence, int(first[slot])))
+            if sequence is not None and sequence.phase is Phase.RUNNING:
+                behind.append((g, sequence, int(first[slot])))
+    return behind
+
+
+def _windows(host: Host, draft: Draft, least: int) -> list[tuple[int, Sequence, int]]:
+    """Give those pages back with this plan."""
+    moved = _behind_windows(host, least)
+    for g, sequence, first in moved:
+        host.pools[g].sent_first[sequence.slot] = first
+        draft.windows.append((g, sequence.slot, first))
     return moved
 
 
-def _edit_only(host: Host, draft: Draft) -> Launch:
-    """A step that runs nothing: it only carries stops."""
+def _edit_only(
+    host: Host, draft: Draft, windows: list[tuple[int, Sequence, int]] | None = None
+) -> Launch:
+    """A step that runs nothing: it only carries edits."""
     stops = _edits(host, draft, force=True)
     flight = Flight(
         rows=0,
@@ -193,7 +216,7 @@ def _edit_only(host: Host, draft: Draft) -> Launch:
         chunks=[],
         takes=[0] * len(host.pools),
         stops=stops,
-        windows=[],
+        windows=windows or [],
     )
     return Launch(draft, flight, 0, 0, rich=False, masked=False, scored=False)
 
@@ -206,7 +229,7 @@ def _launch(
 ) -> Launch:
     """Pick the buckets, fill the plan, and advance the mirrors to after this step."""
     limits = host.limits
-    windows = _windows(host, draft)
+    windows = _windows(host, draft, least=1 if _tight(host) or draft.edits() else 4)
     take = needs_of(host, chunks, decoding)
     stops = _edits(host, draft, force=any(take > pool.bound for pool in host.pools))
     tokens = sum(count for _, _, count, _ in chunks)
@@ -238,6 +261,8 @@ def _launch(
         rich=special or any(s.wants_logprobs or s.masked for s in finals),
         masked=any(s.masked for s in live) or any(s.masked for s in finals),
         scored=any(s.wants_prompt_logprobs for s, _, _, _ in chunks),
+        greedy=not bool((host.choosy[:rows] & decoding[:rows]).any())
+        and not any(s.choosy for s in finals),
     )
     for pool in host.pools:
         pool.bound -= take

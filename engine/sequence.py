@@ -54,6 +54,13 @@ class Sequence:
         return self.request.priority, self.serial
 
     @property
+    def choosy(self) -> bool:
+        """Needs more than the likeliest token of the logits as they come."""
+        s = self.request.sampling
+        edited = s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0
+        return bool(not s.greedy or edited or s.logit_bias or s.min_tokens)
+
+    @property
     def wants_logprobs(self) -> bool:
         """Log probabilities beside each output token."""
         return self.request.sampling.logprobs is not None

@@ -11,6 +11,7 @@ PROGRAMS = {
     "serve": "what clients of an OpenAI endpoint see: time to first token, time per token",
     "startup": "how long until ready, with a cold and a warm compilation cache",
     "host": "what a step costs the host, with a model that computes nothing",
+    "gpu": "the engine alone on an accelerator: random weights of a real shape, four workloads",
     "llamacpp": "SmolLM2 beside llama.cpp, in turns, on this machine",
 }
 

@@ -17,6 +17,8 @@ sum) per part, which a second small kernel merges; that kernel also clears idle 
 Registers per program: 2 * tile * D of keys and values, 16 * D float32 of accumulator.
 """
 
+# mypy: allow-untyped-calls
+
 import functools
 from typing import Any
 
@@ -156,11 +158,11 @@ def _kernel(parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, k_pages, v_page
             acc, top, total = lax.fori_loop(0, turns, step, new)
 
         @pl.when(kind >= 2)
-        def _():
+        def write_result():
             y_ref[row, heads] = (acc / total[:, None]).astype(y_ref.dtype)
 
         @pl.when(kind < 2)
-        def _():
+        def write_part():
             acc_ref[part, heads] = acc
             max_ref[part, heads] = top
             sum_ref[part, heads] = total

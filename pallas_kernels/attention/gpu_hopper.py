@@ -12,8 +12,10 @@ engine counts rows. One program per (block, query head), of three warpgroups:
 The mixers take turns at the tensor cores: while one computes its softmax the other multiplies. A
 tile of keys is a run of pages, each one copy of [S, D]; where pages are larger, part of one.
 
-Shared memory per program: (4 * 64 + 2 * stages * tile) * D * 2 bytes, twice 64 rows of q and of y.
+Shared memory per program: (2 * 64 + 2 * stages * tile) * D * 2 bytes; q and y share theirs.
 """
+
+# mypy: allow-untyped-calls
 
 import functools
 from dataclasses import dataclass
@@ -35,9 +37,16 @@ MIXERS = 2
 BLOCK = MIXERS * ROWS
 
 
+def writes_through_references() -> bool:
+    """Whether a kernel inside `jit` can write to a reference made there: jax 0.11 and later."""
+    return tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
+
+
 def why_not_hopper(q: jax.Array, k_pages: jax.Array) -> str | None:
     """The reason this kernel refuses these arguments, or None if it takes them."""
     P, K, S, D = k_pages.shape
+    if not writes_through_references():
+        return f"jax {jax.__version__} is older than 0.11"
     if D not in (64, 128):
         return f"D={D} is neither 64 nor 128"
     if S % 8:
@@ -166,7 +175,7 @@ def _mix(c: _Static, walk, mine, q_tile, k_tiles, v_tiles, arrived, freed, turn)
             meet()  # the other mixer may multiply now
             return x_ref[...]
 
-        x = pl.run_scoped(product, plgpu.ACC((ROWS, c.tile), jnp.float32))
+        x = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, c.tile), jnp.float32))
         plgpu.barrier_arrive(k_freed.at[stage])
         unit = c.scale * LOG2E
         if masked or c.softcap:
@@ -187,7 +196,7 @@ def _mix(c: _Static, walk, mine, q_tile, k_tiles, v_tiles, arrived, freed, turn)
         def add(acc_ref):
             plgpu.wgmma(acc_ref, p, v_tiles.at[stage])
 
-        acc = pl.run_state(add)(plgpu.ACC.init(acc))
+        acc = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(acc))
         plgpu.barrier_arrive(v_freed.at[stage])
         return acc, peak, total
 
@@ -233,7 +242,7 @@ def _store(c: _Static, y, walk, mine, head, y_tile, y_ref):
 
 
 def _kernel(c: _Static, plan_ref, table_ref, q_ref, k_pages, v_pages, y_ref, *scratch):
-    q_tiles, y_tiles, k_tiles, v_tiles, q_arrived, k_arrived, v_arrived, *rest = scratch
+    (q_tiles, y_tiles), k_tiles, v_tiles, q_arrived, k_arrived, v_arrived, *rest = scratch
     k_freed, v_freed, turn = rest
     head, entry, mine = (lax.axis_index(name) for name in ("head", "entry", "warpgroup"))
     walk = _walk(c, plan_ref, entry)
@@ -297,8 +306,10 @@ def prefill_hopper(
         functools.partial(_kernel, c),
         out_type=(),
         scratch_types=(
-            plgpu.SMEM((MIXERS, ROWS, D), q.dtype, transforms=tiled),
-            plgpu.SMEM((MIXERS, ROWS, D), q.dtype),
+            plgpu.RefUnion(  # a mixer is done with its queries when it has its results
+                plgpu.SMEM((MIXERS, ROWS, D), q.dtype, transforms=tiled),
+                plgpu.SMEM((MIXERS, ROWS, D), q.dtype),
+            ),
             pages, pages, plgpu.Barrier(num_barriers=MIXERS), arrived, arrived, freed, freed,
             plgpu.Barrier(num_arrivals=MIXERS),
         ),

@@ -15,6 +15,8 @@ edge in them, where logits are masked. Padding is one more chunk that sees nothi
 Shared memory per program: (block + 2 * tile * stages) * D * itemsize.
 """
 
+# mypy: allow-untyped-calls
+
 import functools
 
 import jax

@@ -2,13 +2,14 @@
 
 from octavo.pallas_kernels.sampling.controls import NS, OFF, Controls
 from octavo.pallas_kernels.sampling.penalties import Edits, count_generated, mark_prompt
-from octavo.pallas_kernels.sampling.sample import sample, top_logprobs
+from octavo.pallas_kernels.sampling.sample import argmax, sample, top_logprobs
 
 __all__ = [
     "NS",
     "OFF",
     "Controls",
     "Edits",
+    "argmax",
     "count_generated",
     "mark_prompt",
     "sample",

@@ -1,6 +1,8 @@
 """The NVIDIA kernels against the definition, interpreted; and that they lower for CUDA, here."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from octavo.pallas_kernels.attention import cases, gpu, reference
 from octavo.pallas_kernels.attention.cases import Case
 from octavo.pallas_kernels.attention.gpu_decode import decode, plan_decode
+from octavo.pallas_kernels.attention.gpu_hopper import writes_through_references
 from octavo.pallas_kernels.attention.gpu_prefill import plan_prefill, prefill
 
 # float32: sums of up to 128 terms in another order. bfloat16: probabilities are rounded to 8 bits
@@ -31,7 +34,7 @@ CASES = {
 }
 
 
-def run(case: Case, dtype: str, attend):
+def run(case: Case, dtype: str, attend: Callable[..., Any]) -> tuple[Any, ...]:
     """attend's result and the definition's, with garbage where no token was ever written."""
     q, k, v, cache, batch = cases.inputs(case, dtype=dtype)
     static = dict(window=case.window, scale=q.shape[-1] ** -0.5, softcap=case.softcap)
@@ -59,7 +62,7 @@ def test_matches_the_definition(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("target", [1, 4, 32])
 def test_any_number_of_parts_gives_the_same_rows(target: int, prefetch: bool) -> None:
-    def split(*args, **static):
+    def split(*args: Any, **static: Any) -> Any:
         return decode(*args, **static, tile=16, target=target, prefetch=prefetch, interpret=True)
 
     batch, got, want, *_ = run(CASES["decode"], "float32", split)
@@ -71,7 +74,7 @@ def test_any_number_of_parts_gives_the_same_rows(target: int, prefetch: bool) ->
 def test_small_blocks_meet_the_diagonal_and_the_windows_edge(window: int) -> None:
     case = Case(rows=IDLE, chunks=CHUNKS, window=window)
 
-    def small(q, k, v, cache, batch, **static):
+    def small(q: Any, k: Any, v: Any, cache: Any, batch: Any, **static: Any) -> Any:
         cache = reference.write(cache, k, v, batch.dest)
         y = prefill(q, q, cache, batch, **static, block=16, tile=16, interpret=True)
         return y, cache
@@ -100,14 +103,27 @@ def test_blocks_cover_each_chunk_token_once() -> None:
         assert all(token % align == 0 for token, *_ in plan)
 
 
+def lowered(case: Case, **static: Any) -> str:
+    """The step's program for an H100, which need not be there."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        step = functools.partial(gpu.attend, window=0, scale=0.1, softcap=0.0, **static)
+        traced = jax.jit(step).trace(*cases.inputs(case, dtype="bfloat16"))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize("heads", [(32, 8, 128), (14, 2, 64), (4, 1, 256)])
 def test_lowers_for_cuda(heads: tuple[int, int, int]) -> None:
-    case = Case(rows=MIXED, chunks=CHUNKS, heads=heads)
-    step = functools.partial(gpu.attend, window=0, scale=0.1, softcap=0.0)
-    traced = jax.jit(step).trace(*cases.inputs(case, dtype="bfloat16"))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered(Case(rows=MIXED, chunks=CHUNKS, heads=heads))
     for kernel in ("paged_decode", "merge_decode", "write_pages", "paged_prefill"):
         assert kernel in text
+
+
+@pytest.mark.skipif(not writes_through_references(), reason="needs jax 0.11")
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_lowers_for_hopper(page_size: int) -> None:
+    case = Case(rows=MIXED, chunks=CHUNKS, heads=(32, 8, 128), page_size=page_size)
+    assert "paged_prefill_hopper" in lowered(case, hopper=True)
 
 
 def test_says_why_it_refuses_a_head_size() -> None:

@@ -1,0 +1,81 @@
+"""An NVIDIA GPU: our own Pallas kernels for attention, XLA for everything else."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from octavo.backends import plain
+from octavo.backends.cpu import more_than_one_device
+from octavo.backends.record import Backend
+from octavo.pallas_kernels.attention import blockwise, gpu
+from octavo.pallas_kernels.attention.batch import RaggedBatch
+from octavo.pallas_kernels.attention.reference import KV
+
+ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
+TOKENS = (256, 1024, 4096, 8192)
+
+
+def backend(reason: str) -> Backend:
+    """The record."""
+    device = jax.devices("gpu")[0]
+    hopper = str(getattr(device, "compute_capability", "")) == "9.0"
+    return Backend(
+        name="gpu",
+        reason=reason,
+        devices=(device,),
+        attend=partial(attend, hopper=hopper),
+        init_cache=plain.init_cache,
+        page_bytes=plain.page_bytes,
+        linear=plain.linear,
+        grouped_linear=plain.grouped_linear,
+        layers=plain.layers,
+        row_buckets=lambda most: _up_to(ROWS, most),
+        token_buckets=lambda most: _up_to(TOKENS, most),
+        max_num_seqs=256,
+        max_num_batched_tokens=4096,
+        page_size=64,
+        dtype="bfloat16",
+        memory_limit=_free_memory(device),
+        why_not=why_not,
+    )
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    window: int,
+    scale: float,
+    softcap: float,
+    hopper: bool,
+) -> tuple[jax.Array, KV]:
+    """Our kernels where they take the step, plain XLA where they refuse it."""
+    static: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap}
+    if gpu.why_not(q, cache, batch) is not None:
+        return blockwise.attend(q, k, v, cache, batch, **static)
+    return gpu.attend(q, k, v, cache, batch, **static, hopper=hopper)
+
+
+def why_not(config: Any) -> str | None:
+    """The reason this backend cannot serve `config`, or None."""
+    if more_than_one_device(config.mesh):
+        return f"the gpu backend runs on one device, got `mesh={config.mesh}`; leave `mesh` empty"
+    return None
+
+
+def _up_to(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """The buckets below `most`, and `most` itself."""
+    return (*(size for size in sizes if size < most), most)
+
+
+def _free_memory(device: jax.Device) -> Callable[[], int]:
+    def free() -> int:
+        stats = device.memory_stats() or {}
+        return int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0))
+
+    return free
