@@ -260,7 +260,8 @@ def retire(host: Host, sequence: Sequence) -> None:
     sequence.phase = Phase.DONE
     if sequence in host.stopping:
         host.stopping.remove(sequence)
-    host.live.pop(sequence.handle, None)
+    if host.live.get(sequence.handle) is sequence:  # an aborted one's handle may be another's now
+        del host.live[sequence.handle]
     if sequence.serial in host.children:
         release_children(host, sequence)
 

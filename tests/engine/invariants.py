@@ -130,6 +130,8 @@ def strict_order() -> Iterator[None]:
         keys = [key(host, s) for a in admitted if (s := host.occupant[a.slot]) is not None]
         if keys != before[: len(keys)]:
             broken.append(f"admitted {keys} of {before}")
+        if keys and any(key(host, s) < keys[-1] for s in leaving):
+            broken.append(f"admitted {keys} past one that was preempted and comes back")
         inside = [s for s in host.occupant if s is not None and s.phase is not Phase.STOPPING]
         oldest = min(inside, key=lambda s: key(host, s), default=None)
         if oldest is not None and oldest.phase is Phase.PREEMPTING and oldest not in leaving:

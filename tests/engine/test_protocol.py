@@ -180,3 +180,23 @@ def test_rows_move_only_with_a_plan_that_is_sent(llama: EngineCore, reference: R
     one = {"which": 0, "n": 1, "warm": False, "priority": 0, "salt": "", "tail": 1, "length": 3}
     trace = [("add", one | {"tail_seed": 0, "max_tokens": n}) for n in (1, 1, 1, 2)]
     run_trace(begin_anew(llama, depth=2, prefix_caching=False), reference, trace)
+
+
+def test_a_handle_may_be_used_again_right_after_its_abort(
+    llama: EngineCore, reference: Reference
+) -> None:
+    core = begin_anew(llama, depth=3)
+    first, second = Client(core), Client(core)
+    first.add(prompt(30), max_tokens=40, ignore_eos=True)
+    for _ in range(4):
+        first.turn()
+    first.abort([0])
+    handle = second.add(prompt(20, 1), max_tokens=12)
+    assert handle == 0
+    for _ in range(6):
+        second.turn()
+    assert 0 in core.host.live and not second.finished, "or an abort would not find it"
+    second.drain()
+    check_drained(core)
+    assert second.tokens[0] == reference.text(prompt(20, 1), 12)
+    assert second.finished[0].reason in ("stop", "length")

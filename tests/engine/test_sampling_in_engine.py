@@ -206,6 +206,17 @@ def test_a_bias_forces_a_token_and_leaves_the_neighbours_alone(
     assert client.tokens[0] == reference.text(prompt(9, 1, 2, 0), 40, ignore_eos=True)
 
 
+def test_who_comes_after_into_a_slot_inherits_nothing(
+    core: EngineCore, reference: Reference
+) -> None:
+    bias = {token: 100.0 for token in range(60, 70)}
+    marked: dict[str, Any] = {"presence_penalty": 2.0, "min_tokens": 3, "stop_token_ids": [61]}
+    assert 60 <= run_one(core, PROMPT, max_tokens=3, logit_bias=bias, **marked)[0] < 70
+    assert run_one(core, PROMPT, max_tokens=3, logit_bias={70: 100.0}) == [70] * 3
+    text = prompt(13, 0, 3, 3)
+    assert run_one(core, text, max_tokens=20) == reference.text(text, 20)
+
+
 def test_the_most_biases_beside_the_longest_prompt_find_room(
     core: EngineCore, reference: Reference
 ) -> None:
