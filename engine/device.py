@@ -1,7 +1,9 @@
 """The device side of the run loop: dispatches launches, and holds the state between steps."""
 
+import logging
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +19,8 @@ from octavo.engine.plan import Packer
 from octavo.engine.programs import Programs
 from octavo.engine.reader import Reader
 from octavo.engine.step import Machine
+
+logger = logging.getLogger(__name__)
 
 
 class Device:
@@ -130,10 +134,17 @@ def use_cache(folder: str) -> None:
     """Keep compiled programs in `folder` between runs."""
     if folder == "none" or jax.config.values["jax_compilation_cache_dir"]:
         return
-    if folder == "auto":
-        from pathlib import Path
-
-        folder = str(Path.home() / ".cache" / "octavo" / "programs")
-    jax.config.update("jax_compilation_cache_dir", folder)
+    path = Path.home() / ".cache" / "octavo" / "programs" if folder == "auto" else Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning(
+            "compiled programs cannot be kept in %s (%s), so every start compiles again; "
+            "--compilation-cache takes another folder",
+            path,
+            (error.strerror or str(error)).lower(),
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

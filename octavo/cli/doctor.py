@@ -157,7 +157,7 @@ def check_memory() -> Iterator[Line]:
 
 def check_caches() -> Iterator[Line]:
     """Folders that make the second start quick."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path.home() / ".cache"
     for what, folder in (
         ("compiled programs", home / "octavo"),
         ("hub downloads", home / "huggingface"),

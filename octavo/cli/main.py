@@ -42,7 +42,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
+    formatter = argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
+    # argparse forgets that subcommands are indented: without this `run-batch` takes two lines.
+    formatter._action_max_length = 14
+    return formatter
 
 
 def build_parser() -> argparse.ArgumentParser:

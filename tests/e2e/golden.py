@@ -32,7 +32,7 @@ class Row:
     text: str
     smallest_top2_gap: float
     prompt: str = ""
-    chat: list[dict[str, str]] = field(default_factory=list)
+    chat: Any = ()  # messages
     input_ids: list[int] = field(default_factory=list)
     n_input_ids: int = 0
 
@@ -44,10 +44,6 @@ class Row:
     def spoken(self) -> str:
         """The text as a user sees it: without the token that ends it."""
         return self.text.removesuffix("<|im_end|>")
-
-    @property
-    def spoken_ids(self) -> list[int]:
-        return self.output_ids
 
     @property
     def finish_reason(self) -> str:

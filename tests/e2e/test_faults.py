@@ -19,7 +19,7 @@ from tests.e2e.served import ROOT, pages_in_use
 from tests.server.conftest import PATIENCE, Server
 
 Launch = Callable[..., Server]
-LONG = {"prompt": "abc", "max_tokens": 480, "ignore_eos": True, "temperature": 0}
+LONG: dict[str, Any] = {"prompt": "abc", "max_tokens": 480, "ignore_eos": True, "temperature": 0}
 
 
 def answers(server: Server) -> bool:

@@ -19,7 +19,7 @@ def check(output: RequestOutput, row: Row) -> None:
     [completion] = output.outputs
     assert list(completion.token_ids) == row.output_ids
     assert (completion.text, completion.finish_reason) == (row.spoken, row.finish_reason)
-    assert len(output.prompt_token_ids or []) == row.prompt_tokens
+    assert len(output.prompt_token_ids or ()) == row.prompt_tokens
     assert output.finished
 
 
@@ -119,11 +119,10 @@ def test_the_endpoint_streamed(served: Server) -> None:
     )
     texts = [choice.text for chunk in pieces for choice in chunk.choices]
     assert "".join(texts) == COMPLETION.text and len(texts) > 2
-    chunks = list(
-        client.chat.completions.create(
-            model="smollm2-135m", messages=CHAT.chat, temperature=0, stream=True
-        )
+    stream: Any = client.chat.completions.create(
+        model="smollm2-135m", messages=CHAT.chat, temperature=0, stream=True
     )
+    chunks = list(stream)
     deltas = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
     assert "".join(deltas) == CHAT.spoken and len(deltas) > 2
     assert chunks[-1].choices[0].finish_reason == "stop"
