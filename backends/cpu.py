@@ -23,13 +23,12 @@ def backend(reason: str) -> Backend:
         linear=plain.linear,
         grouped_linear=plain.grouped_linear,
         layers=plain.layers,
-        row_buckets=lambda most: doubling(min(2, most), most),
+        row_buckets=lambda most: doubling(1, most),
         token_buckets=lambda most: doubling(min(32, most), most, 4),
         max_num_seqs=32,
         max_num_batched_tokens=512,
         page_size=16,
         dtype="float32",
-        fused=False,  # a second dispatch costs nothing here, compiling twice does
         cache_bytes=2 << 30,  # the machine is used for other things too
         memory_limit=available_memory,
         why_not=why_not,

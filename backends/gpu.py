@@ -37,7 +37,6 @@ def backend(reason: str) -> Backend:
         max_num_batched_tokens=4096,
         page_size=64,
         dtype="bfloat16",
-        fused=False,  # one more dispatch hides behind the step; compiling twice would not
         memory_limit=_free_memory(device),
         why_not=why_not,
     )

@@ -65,7 +65,6 @@ class Backend:
     max_num_batched_tokens: int
     page_size: int
     dtype: str
-    fused: bool  # forward and sample in one program
     cache_bytes: int = 0  # the most the cache takes unless asked for more; 0 is all that fits
     compiler_options: Mapping[str, bool | int | str] = field(default_factory=dict)
 

@@ -84,7 +84,9 @@ class EngineConfig:
         "sampling defaults from the model's generation_config.json, or none",
         ("auto", "none"),
     )
-    max_logprobs: int = option(20, "most log probabilities a request may ask for per token")
+    max_logprobs: int = option(
+        20, "most log probabilities a request may ask for per token; -1 is the whole vocabulary"
+    )
     max_num_queued_reqs: int = option(16384, "requests that may wait; more are refused")
     compilation_cache: str = option(
         "auto", "folder that keeps compiled programs; auto is the user's cache folder, none is off"
@@ -149,7 +151,7 @@ _RANGES: tuple[tuple[str, int, int | None], ...] = (
     ("num_pages", 0, None),
     ("page_size", 0, None),
     ("steps_in_flight", 1, 8),
-    ("max_logprobs", 0, None),
+    ("max_logprobs", -1, None),
     ("max_num_queued_reqs", 1, None),
     ("seed", 0, 2**64 - 1),
 )

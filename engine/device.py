@@ -37,13 +37,13 @@ class Device:
         self.limits = limits
         self.reader = reader
         self.params = parts.params
-        self.fused = parts.backend.fused
+        self.head = parts.resolved.model.head(parts.params)
         self.packer = Packer(limits.dims)
         self.masks = Masks(limits.dims.vocab)
         use_cache(config.compilation_cache)
         began = time.perf_counter()
         machine = Machine(limits.dims, parts.resolved.model, parts.backend)
-        self.programs = Programs(machine, limits, config.max_logprobs, self.fused)
+        self.programs = Programs(machine, limits, config.max_logprobs)
         self.programs.compile(parts.params, cache_maker(parts.backend, parts.resolved), progress)
         with WATCH.building():
             self.state = self.programs.empty()
@@ -57,20 +57,17 @@ class Device:
         return WATCH.unexpected - self._compiled
 
     def begin(self, launch: Launch) -> Any:
-        """Edit the state and dispatch the forward pass (or the whole step, where fused)."""
+        """Edit the state and dispatch the forward pass."""
         vector = None
         if launch.tokens or launch.draft.edits():
             vector = jax.device_put(self.packer.pack(launch.draft)[None])
         if launch.draft.edits():
-            self.state = self.programs.edit(self.state, vector)
+            slots, pages = self.programs.edit(self.state.slots, self.state.pages, vector)
+            self.state = replace(self.state, slots=slots, pages=pages)
         if not launch.rows:
             return None
         key = (launch.rows, launch.tokens)
         arguments = (vector,) if launch.tokens else ()
-        if self.fused and not launch.rich and not launch.scored:
-            self.state, packed, taken = self.programs.step[key](self.params, self.state, *arguments)
-            launch.flight.result = (packed, taken)
-            return None
         self.state, passed, taken = self.programs.forward[key](self.params, self.state, *arguments)
         launch.flight.result = (taken,)
         return passed
@@ -82,16 +79,17 @@ class Device:
             if launch.scored:
                 targets = jax.device_put(self._targets(host, flight)[None])
                 score = self.programs.score[launch.tokens]
-                flight.scores = score(self.params, passed.chunk_hidden, targets)
+                flight.scores = score(self.head, passed.chunk_hidden, targets)
             passed = replace(passed, chunk_hidden=None)
             if launch.rich:
                 mask = jax.device_put(self.masks.build(host, flight)[None])
                 rich = self.programs.rich[launch.rows]
-                self.state, packed, flight.rich = rich(self.params, self.state, passed, mask)
+                slots, packed, flight.rich = rich(self.head, self.state.slots, passed, mask)
             else:
                 choices = self.programs.greedy if launch.greedy else self.programs.sample
                 sample = choices[launch.rows]
-                self.state, packed = sample(self.params, self.state, passed)
+                slots, packed = sample(self.head, self.state.slots, passed)
+            self.state = replace(self.state, slots=slots)
             flight.result = (packed, *flight.result)
         self.reader.expect((flight.result, flight.rich, flight.scores))
 
@@ -128,7 +126,7 @@ class Device:
         for leaf in jax.tree.leaves((self.state, self.params)):
             if not leaf.is_deleted():
                 leaf.delete()
-        self.state = self.params = None
+        self.state = self.params = self.head = None
         self.programs = None  # type: ignore[assignment]
 
 

@@ -12,7 +12,9 @@ import numpy as np
 from octavo.engine.host import Flight, Host
 from octavo.engine.messages import Finish, Logprobs, Start
 from octavo.engine.prefix import extend_hashes
+from octavo.engine.scheduler import stop
 from octavo.engine.sequence import Phase, Sequence
+from octavo.engine.state import STOP_IDS
 
 LIVE, FINISHED, BY_STOP = 1, 2, 4  # bits of a row's flags; engine/step.py
 
@@ -45,12 +47,13 @@ def harvest(host: Host, flight: Flight, rows: Rows | None) -> Harvest:
         if sequence.slot >= 0:
             host.pools[group].advance(sequence.slot, first)
     if rows is not None:
-        flags, token, _, length = rows.packed
+        flags, token = rows.packed[:2]
         live = (flags & LIVE) != 0
         slots = _slots_now(host, flight)
         _collect_pages(host, flight, rows, live, slots)
         _collect_tokens(host, flight, rows, live, slots, out)
         _collect_chunks(host, flight, rows, out)
+        flags = _stop_late(host, rows, live, slots, out)
         _finish(host, flight, flags, token, slots, out)
         if host.limits.prefix_caching:
             _name_pages(host)
@@ -195,6 +198,34 @@ def release_children(host: Host, parent: Sequence) -> None:
         host.enqueue(child)
 
 
+def _stop_late(
+    host: Host, rows: Rows, live: np.ndarray, slots: np.ndarray, out: Harvest
+) -> np.ndarray:
+    """End rows whose token is a stop token beyond those that the device checks.
+
+    Returns the rows' flags: a row that ended here for its length ended for its stop token too.
+    """
+    flags, token = rows.packed[0].copy(), rows.packed[1]
+    for row in np.flatnonzero(live & host.watched[slots] & ~host.muted[slots]).tolist():
+        slot = int(slots[row])
+        sequence = host.occupant[slot]
+        assert sequence is not None, f"{slot=} is empty"
+        generated = int(host.known[slot]) - sequence.prompt_len
+        few = generated < sequence.request.sampling.min_tokens
+        if few or int(token[row]) not in sequence.stop_ids[STOP_IDS:]:
+            continue
+        if flags[row] & FINISHED:
+            flags[row] |= BY_STOP
+            continue
+        out.finished.append(Finish(sequence.handle, "stop", _stop_token(sequence, token[row])))
+        host.live.pop(sequence.handle, None)
+        if sequence.phase is Phase.RUNNING:
+            stop(host, sequence, Phase.STOPPING)
+        else:  # its stop is on the way already
+            sequence.phase, host.muted[slot] = Phase.STOPPING, True
+    return flags
+
+
 def _finish(
     host: Host,
     flight: Flight,
@@ -229,7 +260,8 @@ def retire(host: Host, sequence: Sequence) -> None:
     sequence.phase = Phase.DONE
     if sequence in host.stopping:
         host.stopping.remove(sequence)
-    host.live.pop(sequence.handle, None)
+    if host.live.get(sequence.handle) is sequence:  # an aborted one's handle may be another's now
+        del host.live[sequence.handle]
     if sequence.serial in host.children:
         release_children(host, sequence)
 

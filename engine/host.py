@@ -14,7 +14,7 @@ import numpy as np
 from octavo.engine.plan import Draft
 from octavo.engine.pool import Pool
 from octavo.engine.sequence import Phase, Sequence
-from octavo.engine.state import Dims
+from octavo.engine.state import STOP_IDS, Dims
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Host:
         self.muted = np.zeros(dims.slots, np.bool_)  # aborted: tokens are dropped
         self.choosy = np.zeros(dims.slots, np.bool_)  # wants more than the likeliest token
         self.special = np.zeros(dims.slots, np.bool_)  # wants log probabilities or a mask
+        self.watched = np.zeros(dims.slots, np.bool_)  # has stop tokens that only the host checks
         self.free_slots = list(range(dims.slots))  # heap: the lowest first
         self.prefilling: list[Sequence] = []  # in slots, in order
         self.stopping: list[Sequence] = []  # their stop is in no plan yet
@@ -151,6 +152,7 @@ class Host:
         self.decoding[slot] = self.muted[slot] = False
         self.choosy[slot] = sequence.choosy
         self.special[slot] = sequence.wants_logprobs or sequence.masked
+        self.watched[slot] = len(sequence.stop_ids) > STOP_IDS
 
     def vacate(self, slot: int) -> None:
         """The slot and its pages are the host's again."""
@@ -185,6 +187,7 @@ class Host:
             self.muted,
             self.choosy,
             self.special,
+            self.watched,
         ):
             array[dst] = array[src]
         self.serial[src], self.decoding[src] = -1, False

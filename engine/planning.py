@@ -33,7 +33,7 @@ def plan_memory(config: EngineConfig) -> MemoryPlan:
         prefix_caching=config.enable_prefix_caching,
         by_priority=False,
     )
-    programs = Programs(machine, limits, config.max_logprobs, fused=False)
+    programs = Programs(machine, limits, config.max_logprobs)
     programs.compile(resolved.model.abstract_params(resolved.dtype), cache_maker(backend, resolved))
     return check_workspace(resolved, programs.workspace())
 

@@ -52,7 +52,6 @@ class Programs:
     machine: step.Machine
     limits: Limits
     max_logprobs: int
-    fused: bool
     edit: Any = None
     empty: Any = None
     forward: dict[tuple[int, int], Any] = field(default_factory=dict)
@@ -60,7 +59,6 @@ class Programs:
     sample: dict[int, Any] = field(default_factory=dict)
     rich: dict[int, Any] = field(default_factory=dict)
     score: dict[int, Any] = field(default_factory=dict)
-    step: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def shapes(self) -> list[tuple[int, int]]:
         """The (R, T) of every forward pass."""
@@ -95,8 +93,9 @@ class Programs:
         """(name, where the program goes, function, abstract arguments, donated arguments)."""
         machine, dims = self.machine, self.machine.dims
         vector = jax.ShapeDtypeStruct((1, plan_size(dims)), jnp.int32)
+        head = machine.model.head(params)
         jobs: list[Any] = [
-            ("edit", self._set("edit"), _edit(machine), (state, vector), (0,)),
+            ("edit", self._set("edit"), _edit(machine), (state.slots, state.pages, vector), (0, 1)),
             ("empty", self._set("empty"), lambda: new_state(machine, init_kv), (), ()),
         ]
         # One function a shape: jax traces it once, for its result's shape here and to compile it.
@@ -107,10 +106,6 @@ class Programs:
             arguments = (params, state, vector) if tokens else (params, state)
             name = f"forward {rows} rows + {tokens} tokens"
             jobs.append((name, self._put(self.forward, (rows, tokens)), function, arguments, (1,)))
-            if self.fused:
-                whole = _step(machine, rows, tokens)
-                name = f"step {rows} rows + {tokens} tokens"
-                jobs.append((name, self._put(self.step, (rows, tokens)), whole, arguments, (1,)))
         for rows, tokens in self.shapes():
             arguments = (params, state, vector) if tokens else (params, state)
             passed = jax.eval_shape(forwards[rows, tokens], *arguments)[1]
@@ -120,19 +115,19 @@ class Programs:
                 function = _score(machine, self._most_logprobs())
                 place = self._put(self.score, tokens)
                 jobs.append(
-                    (f"score {tokens} tokens", place, function, (params, hidden, targets), ())
+                    (f"score {tokens} tokens", place, function, (head, hidden, targets), ())
                 )
             elif not tokens:
-                jobs += self._sample_jobs(params, state, passed, rows)
+                jobs += self._sample_jobs(head, state.slots, passed, rows)
         return jobs
 
-    def _sample_jobs(self, params: Any, state: Any, passed: Any, rows: int) -> list[Any]:
+    def _sample_jobs(self, head: Any, slots: Any, passed: Any, rows: int) -> list[Any]:
         """Sampling sees the same rows whether or not there were chunk tokens beside them."""
         machine = self.machine
         rows_only = replace(passed, chunk_hidden=None)
         mask = jax.ShapeDtypeStruct((1, rows, mask_words(machine.dims.vocab)), jnp.uint32)
         rich = _rich(machine, self._most_logprobs())
-        plain = (params, state, rows_only)
+        plain = (head, slots, rows_only)
         return [
             (f"greedy {rows} rows", self._put(self.greedy, rows), _greedy(machine), plain, (1,)),
             (f"sample {rows} rows", self._put(self.sample, rows), _sample(machine), plain, (1,)),
@@ -158,7 +153,7 @@ class Programs:
             *self.sample.values(),
             *self.rich.values(),
         ]
-        every += [*self.score.values(), *self.step.values()]
+        every += [*self.score.values()]
         sizes = [p.memory_analysis() for p in every if p is not None]
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
 
@@ -168,8 +163,8 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _edit(machine: step.Machine) -> Any:
-    def edit(state: Any, vector: jax.Array) -> Any:
-        return as_shard(step.edit(machine, one_shard(state), vector[0]))
+    def edit(slots: Any, pages: Any, vector: jax.Array) -> Any:
+        return as_shard(step.edit(machine, one_shard(slots), one_shard(pages), vector[0]))
 
     return edit
 
@@ -184,9 +179,9 @@ def _forward(machine: step.Machine, rows: int, tokens: int) -> Any:
 
 
 def _greedy(machine: step.Machine) -> Any:
-    def greedy(params: Any, state: Any, passed: Any) -> Any:
+    def greedy(head: Any, slots: Any, passed: Any) -> Any:
         after, packed, _ = step.sample(
-            machine, params, one_shard(state), one_shard(passed), greedy=True
+            machine, head, one_shard(slots), one_shard(passed), greedy=True
         )
         return as_shard((after, packed))
 
@@ -194,18 +189,18 @@ def _greedy(machine: step.Machine) -> Any:
 
 
 def _sample(machine: step.Machine) -> Any:
-    def sample(params: Any, state: Any, passed: Any) -> Any:
-        after, packed, _ = step.sample(machine, params, one_shard(state), one_shard(passed))
+    def sample(head: Any, slots: Any, passed: Any) -> Any:
+        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed))
         return as_shard((after, packed))
 
     return sample
 
 
 def _rich(machine: step.Machine, logprobs: int) -> Any:
-    def rich(params: Any, state: Any, passed: Any, mask: jax.Array) -> Any:
+    def rich(head: Any, slots: Any, passed: Any, mask: jax.Array) -> Any:
         return as_shard(
             step.sample(
-                machine, params, one_shard(state), one_shard(passed), mask[0], logprobs=logprobs
+                machine, head, one_shard(slots), one_shard(passed), mask[0], logprobs=logprobs
             )
         )
 
@@ -213,19 +208,7 @@ def _rich(machine: step.Machine, logprobs: int) -> Any:
 
 
 def _score(machine: step.Machine, logprobs: int) -> Any:
-    def score(params: Any, hidden: jax.Array, targets: jax.Array) -> Any:
-        return as_shard(step.score(machine, params, hidden[0], targets[0], logprobs=logprobs))
+    def score(head: Any, hidden: jax.Array, targets: jax.Array) -> Any:
+        return as_shard(step.score(machine, head, hidden[0], targets[0], logprobs=logprobs))
 
     return score
-
-
-def _step(machine: step.Machine, rows: int, tokens: int) -> Any:
-    def whole(params: Any, state: Any, vector: jax.Array | None = None) -> Any:
-        plan = None if vector is None else vector[0]
-        middle, passed, taken = step.forward(
-            machine, params, one_shard(state), plan, rows=rows, tokens=tokens
-        )
-        after, packed, _ = step.sample(machine, params, middle, passed)
-        return as_shard((after, packed, taken))
-
-    return whole

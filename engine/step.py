@@ -1,8 +1,11 @@
 """One step: edit, forward, sample. Three pure functions of the state, and their composition.
 
-    edit(state, plan)             stops, moves, returned pages, admissions, uploads
+    edit(slots, pages, plan)      stops, moves, returned pages, admissions, uploads
     forward(params, state, plan)  pop pages, run R decode rows and T chunk tokens, advance lengths
-    sample(params, state, hidden) logits to tokens, mark the finished
+    sample(head, slots, hidden)   logits to tokens, mark the finished
+
+Each takes only the part of the state that it changes: what goes through a program unchanged still
+costs the host a few microseconds a leaf at every dispatch.
 
 A steady decode step needs no plan: the device knows every slot's next token, length and page.
 Shapes are static: R (decode rows; row r is slot r, and every slot touched is below R) and T (chunk
@@ -20,7 +23,7 @@ from octavo.backends.record import Backend
 from octavo.engine import pages as page_ops
 from octavo.engine import slots as slot_ops
 from octavo.engine.plan import CHUNKS, chunk_segment, unpack
-from octavo.engine.state import Dims, EngineState, SlotState
+from octavo.engine.state import Dims, EngineState, PageState, SlotState
 from octavo.models.ops import AttentionSpec, Ops
 from octavo.models.registry import Model
 from octavo.pallas_kernels.attention.batch import RaggedBatch
@@ -76,31 +79,33 @@ def _ops(machine: Machine, batches: tuple[RaggedBatch, ...]) -> Ops:
     )
 
 
-def edit(machine: Machine, state: EngineState, vector: jax.Array) -> EngineState:
+def edit(
+    machine: Machine, slots: SlotState, pages: tuple[PageState, ...], vector: jax.Array
+) -> tuple[SlotState, tuple[PageState, ...]]:
     """Apply all of a plan but its chunks. vector i32[plan_size]."""
     plan = unpack(machine.dims, vector)
-    slots, groups = slot_ops.stop(state.slots, plan.stop), list(state.pages)
+    slots, groups = slot_ops.stop(slots, plan.stop), list(pages)
     rows = jnp.arange(machine.dims.slots, dtype=jnp.int32)
     admitted = jnp.any(plan.admission[:, :1] == rows[None, :], axis=0)
-    for g, pages in enumerate(groups):
-        pages = page_ops.clear(pages, plan.stop)
+    for g, group in enumerate(groups):
+        group = page_ops.clear(group, plan.stop)
         for i in range(plan.move_src.shape[0]):
-            pages = page_ops.move_rows(pages, plan.move_src[i], plan.move_dst[i])
-        pages = page_ops.push(pages, plan.returned[g], plan.returned_count[g])
-        pages = page_ops.clear(pages, admitted)
-        pages = page_ops.share(
-            pages,
+            group = page_ops.move_rows(group, plan.move_src[i], plan.move_dst[i])
+        group = page_ops.push(group, plan.returned[g], plan.returned_count[g])
+        group = page_ops.clear(group, admitted)
+        group = page_ops.share(
+            group,
             jnp.maximum(plan.admission[:, 0], 0),
             plan.admission[:, 0] >= 0,
             plan.first[:, g],
             plan.held[:, g],
             plan.shared[g],
         )
-        groups[g] = page_ops.advance_window(pages, plan.window_first[g])
+        groups[g] = page_ops.advance_window(group, plan.window_first[g])
     for i in range(plan.move_src.shape[0]):
         slots = slot_ops.move_rows(slots, plan.move_src[i], plan.move_dst[i])
     slots = slot_ops.upload(slot_ops.admit(slots, plan), plan)
-    return replace(state, slots=slots, pages=tuple(groups))
+    return slots, tuple(groups)
 
 
 @dataclass(frozen=True)
@@ -190,20 +195,29 @@ def forward(
     ops = _ops(machine, tuple(batches))
     hidden, kv = machine.model.forward(params, flat.token, flat.position, state.kv, ops)
 
-    onehot = chunk[:, :1] == jnp.arange(dims.slots, dtype=jnp.int32)[None, :]  # [CHUNKS, B]
+    length, picked, final = _after(slots, flat, hidden, rows)
+    state = replace(state, slots=replace(slots, length=length), pages=tuple(groups), kv=kv)
+    passed = Passed(picked, hidden[rows:], slots.active[:rows] | final)
+    return state, passed, jnp.concatenate(taken)
+
+
+def _after(
+    slots: SlotState, flat: _Tokens, hidden: jax.Array, rows: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lengths i32[B] after the step, hidden [R, E] of each row's last token, and bool[R]: the row's
+    prompt ended with this step."""
+    chunk = flat.chunk
+    slot = jnp.arange(slots.active.shape[0], dtype=jnp.int32)
+    onehot = chunk[:, :1] == slot[None, :]  # [CHUNKS, B]
     ran = jnp.sum(jnp.where(onehot, chunk[:, 2:3], 0), axis=0)  # [B] chunk tokens of each slot
     ran = ran.at[:rows].add(slots.active[:rows].astype(jnp.int32))
     last = flat.offset + jnp.maximum(chunk[:, 2], 1) - 1  # [CHUNKS]
     ends = onehot & (chunk[:, 3:4] != 0)
     final = jnp.any(ends, axis=0)[:rows]
+    if hidden.shape[0] == rows:
+        return slots.length + ran, hidden, final
     at = rows + jnp.sum(jnp.where(ends, last[:, None], 0), axis=0)[:rows]
-    row = jnp.arange(rows, dtype=jnp.int32)
-    picked = hidden[jnp.where(final, at, row)] if tokens else hidden
-    state = replace(
-        state, slots=replace(slots, length=slots.length + ran), pages=tuple(groups), kv=kv
-    )
-    live = slots.active[:rows] | final
-    return state, Passed(picked, hidden[rows:], live), jnp.concatenate(taken)
+    return slots.length + ran, hidden[jnp.where(final, at, slot[:rows])], final
 
 
 def taken_capacity(dims: Dims, rows: int, tokens: int) -> int:
@@ -214,22 +228,22 @@ def taken_capacity(dims: Dims, rows: int, tokens: int) -> int:
 def sample(
     machine: Machine,
     params: Any,
-    state: EngineState,
+    slots: SlotState,
     passed: Passed,
     mask: jax.Array | None = None,
     *,
     logprobs: int = 0,
     greedy: bool = False,
-) -> tuple[EngineState, jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[SlotState, jax.Array, tuple[jax.Array, ...]]:
     """Turn hidden states into tokens and mark the finished.
 
     greedy: the host knows that every live row takes the likeliest token of the logits as they come.
 
     mask u32[R, ceil(V / 32)]: bit v of a row allows token v. logprobs > 0 also returns the
-    likeliest. Returns the state, rows i32[4, R] (flags, token, logprob bits, length after), and
+    likeliest. Returns the slots, rows i32[4, R] (flags, token, logprob bits, length after), and
     with logprobs (ids i32[R, k], logprobs f32[R, k], rank i32[R]), else an empty tuple.
     """
-    slots, live = state.slots, passed.live
+    live = passed.live
     rows = live.shape[0]
     logits = machine.model.logits(params, passed.hidden, _ops(machine, ()))  # f32[R, V]
     length, generated = slots.length[:rows], (slots.length - slots.prompt_len)[:rows]
@@ -254,7 +268,7 @@ def sample(
     if logprobs:
         ids, values, _, rank = top_logprobs(logits, token, logprobs)
         extra = (ids, values, rank)
-    return replace(state, slots=slots), packed, extra
+    return slots, packed, extra
 
 
 def _choose(

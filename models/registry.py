@@ -5,7 +5,7 @@ FAMILIES, and its names in config.FAMILY_OF.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,10 @@ class Model:
     attention: tuple[int, int, int]  # H, K, D
     period: int  # layers i and i + period have the same specs and the same parameter tree
     tensors: Decoder  # the parameter tree with a Tensor for every array
+
+    def head(self, params: Any) -> Any:
+        """The part of the parameters that `logits` reads."""
+        return replace(params, layers=()) if isinstance(params, Decoder) else params
 
     def abstract_params(self, dtype: Any) -> Decoder:
         """The parameter tree with a ShapeDtypeStruct for every array."""

@@ -73,32 +73,34 @@ class Running(NamedTuple):
 class Pages(NamedTuple):
     """The cache and the tables, cut into blocks of `span` keys."""
 
-    k: jax.Array  # [P * K, S, D]
-    v: jax.Array  # [P * K, S, D]
+    k: jax.Array  # [P * K, S * D]
+    v: jax.Array  # [P * K, S * D]
     table: jax.Array  # i32[R, M'] padded to whole blocks
     kv_heads: int
     per_block: int  # pages in a block
     span: int  # keys in a block
+    head_size: int
 
     @staticmethod
     def of(cache: KV, table: jax.Array) -> "Pages":
         P, K, S, D = cache.k.shape
         per_block = max(1, min(KEYS_PER_BLOCK // S, table.shape[1]))
         padded = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
-        tiles = (P * K, S, D)
-        return Pages(
-            cache.k.reshape(tiles), cache.v.reshape(tiles), padded, K, per_block, per_block * S
-        )
+        # One long row per tile: XLA gathers those a third faster than tiles of [S, D].
+        k, v = cache.k.reshape(P * K, S * D), cache.v.reshape(P * K, S * D)
+        return Pages(k, v, padded, K, per_block, per_block * S, D)
 
     def block(self, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of pages i32[..., n], float32 [..., K, n * S, D]."""
         tiles = pages[..., None, :] * self.kv_heads + jnp.arange(self.kv_heads)[:, None]
+        shape = (*tiles.shape[:-1], self.span, self.head_size)
+        # The barriers keep indices out of the gathers' loops, and gathers out of the matmuls',
+        # where they would be computed again for every element.
+        tiles = jax.lax.optimization_barrier(tiles)
 
         def get(pool: jax.Array) -> jax.Array:
-            found = pool.at[tiles].get(mode="promise_in_bounds")  # [..., K, n, S, D]
-            return found.reshape(*tiles.shape[:-1], self.span, pool.shape[-1])
+            return pool.at[tiles].get(mode="promise_in_bounds").reshape(shape)
 
-        # The barrier keeps the gathers out of the matmuls' loops, where they would run twice.
         k, v = jax.lax.optimization_barrier((get(self.k), get(self.v)))
         return k.astype(jnp.float32), v.astype(jnp.float32)
 

@@ -47,6 +47,11 @@ def write(cache: KV, k: jax.Array, v: jax.Array, dest: jax.Array) -> KV:
 
     Several tokens may share a place in the trash page only.
     """
+    if dest.shape[0] == 1:
+        # XLA turns a scatter of one token into updates that copy whole pools. So the token is
+        # written to the trash page too, first.
+        k, v, dest = (jnp.concatenate([new, new]) for new in (k, v, dest))
+        dest = dest * jnp.arange(2, dtype=dest.dtype)
     size = cache.k.shape[2]
     page, offset = dest >> (size.bit_length() - 1), dest & (size - 1)
 

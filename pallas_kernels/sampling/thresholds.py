@@ -22,6 +22,9 @@ import jax.numpy as jnp
 
 LOWEST = -jnp.inf
 
+# lo, hi, how many logits are >= each, and which rows are done
+_Bracket = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
 
 def threshold(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """f32[R]: row r keeps logits[r] >= threshold[r]; -inf where all controls of a row are off.
@@ -80,10 +83,10 @@ def _bisect(
     belongs to `lowest`, which is known to keep enough and is the answer where `done` bool[R].
     """
 
-    def open_rows(state: tuple[jax.Array, ...]) -> jax.Array:
+    def open_rows(state: _Bracket) -> jax.Array:
         return ~jnp.all(state[4])
 
-    def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def halve(state: _Bracket) -> _Bracket:
         lo, hi, at_lo, at_hi, done = state
         middle = (lo & hi) + ((lo ^ hi) >> 1)  # the mean without overflow, rounded down
         value, count = measure(_float(middle))

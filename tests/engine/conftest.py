@@ -13,7 +13,7 @@ from tests.engine.tiny import EOS, LLAMA, Reference, make_engine, make_parts
 
 def few_buckets(backend: Backend) -> Backend:
     """Prompt buckets that a host may leave the larger of, so that chunks come in two sizes."""
-    return replace(backend, token_buckets=lambda most: (16, most), row_buckets=lambda m: (2, 4, m))
+    return replace(backend, token_buckets=lambda most: tuple(sorted({16, most})))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from octavo.engine import core as core_module
 from octavo.engine.core import EngineCore
 from octavo.engine.host import Host, Launch
 from octavo.engine.pool import Pool
+from octavo.engine.scheduler import schedule
 from octavo.engine.sequence import Phase, Sequence
 
 
@@ -117,27 +118,29 @@ def key(host: Host, sequence: Sequence) -> tuple[int, int]:
 @contextmanager
 def strict_order() -> Iterator[None]:
     """While inside, every schedule admits from the head of the queue and spares the oldest."""
-    plain, broken = core_module.schedule, []
+    broken: list[str] = []
 
     def watched(host: Host) -> Launch | None:
         before = sorted(
             key(host, s) for _, _, s in host.queue if s.phase is Phase.WAITING and s.slot < 0
         )
         leaving = [s for s in host.occupant if s is not None and s.phase is Phase.PREEMPTING]
-        launch = plain(host)
+        launch = schedule(host)
         admitted = launch.draft.admissions if launch is not None else []
         keys = [key(host, s) for a in admitted if (s := host.occupant[a.slot]) is not None]
         if keys != before[: len(keys)]:
             broken.append(f"admitted {keys} of {before}")
+        if keys and any(key(host, s) < keys[-1] for s in leaving):
+            broken.append(f"admitted {keys} past one that was preempted and comes back")
         inside = [s for s in host.occupant if s is not None and s.phase is not Phase.STOPPING]
         oldest = min(inside, key=lambda s: key(host, s), default=None)
         if oldest is not None and oldest.phase is Phase.PREEMPTING and oldest not in leaving:
             broken.append("the oldest was preempted")
         return launch
 
-    core_module.schedule = watched
+    setattr(core_module, "schedule", watched)
     try:
         yield
     finally:
-        core_module.schedule = plain
+        setattr(core_module, "schedule", schedule)
     assert not broken, broken

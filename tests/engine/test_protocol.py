@@ -5,89 +5,15 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from octavo.engine.core import EngineCore
-from tests.engine.invariants import check, check_drained, strict_order
+from tests.engine.invariants import check_drained
 from tests.engine.tiny import Client, Reference, begin_anew, prompt
-
-LONGEST = 96
-
-requests = st.fixed_dictionaries(
-    {
-        "length": st.one_of(st.integers(0, 40), st.sampled_from([4, 8, 16, 32, 64, 90])),
-        "which": st.integers(0, 1),
-        "tail": st.integers(0, 5),
-        "tail_seed": st.integers(0, 2),
-        "max_tokens": st.one_of(st.integers(1, 12), st.sampled_from([1, 30, 60, None])),
-        "n": st.sampled_from([1, 1, 1, 2, 3]),
-        "warm": st.booleans(),
-        "priority": st.integers(-1, 1),
-        "salt": st.sampled_from(["", "", "other"]),
-    }
-)
-steps = st.one_of(
-    st.tuples(st.just("add"), requests),
-    st.tuples(st.just("add"), requests),
-    st.tuples(st.just("turns"), st.integers(1, 6)),
-    st.tuples(st.just("abort"), st.integers(0, 30)),
-)
-traces = st.lists(steps, min_size=3, max_size=24)
-rules = st.fixed_dictionaries(
-    {
-        "depth": st.integers(1, 4),
-        "prefix_caching": st.booleans(),
-        "by_priority": st.booleans(),
-        "budget": st.sampled_from([0, 16]),
-    }
-)
-
-
-def add(client: Client, r: dict[str, Any], asked: dict[int, Any]) -> None:
-    """Send one drawn request, and note what each of its choices must give."""
-    warm = r["warm"] or r["n"] > 1
-    text = prompt(max(r["length"], 1 - r["tail"]), r["which"], r["tail"], r["tail_seed"])
-    drawn = {"temperature": 0.8, "seed": 7 + r["tail_seed"]} if warm else {}
-    sampling = drawn | {"n": r["n"], "max_tokens": r["max_tokens"]}
-    handle = client.add(text, priority=r["priority"], salt=r["salt"], **sampling)
-    for choice in range(r["n"]):
-        asked[handle + choice] = (text, r["max_tokens"] or LONGEST, drawn | {"choice": choice})
-
-
-def run_trace(core: EngineCore, reference: Reference, trace: list[Any]) -> Client:
-    """Play a trace, check after every turn, and compare every text at the end."""
-    client, asked = Client(core), {}
-    with strict_order():
-        for kind, what in trace:
-            if kind == "add":
-                add(client, what, asked)
-            elif kind == "abort" and asked:
-                client.abort([what % len(asked)])
-            elif kind == "turns":
-                for _ in range(what):
-                    client.turn()
-                    check(core)
-        for _ in range(3000):
-            if not core.has_work():
-                break
-            client.turn()
-            check(core)
-    check_drained(core)
-    assert core.recovery.restarts == 0
-    for handle, (text, count, sampling) in asked.items():
-        want = reference.text(text, count, **sampling)
-        got = client.tokens[handle]
-        if handle in client.aborted:
-            assert got == want[: len(got)] and handle not in client.finished
-        else:
-            assert got == want, f"{handle=} {len(text)=}"
-            ended = got[-1] in reference.eos
-            assert client.finished[handle].reason == ("stop" if ended else "length")
-    return client
+from tests.engine.traces import LONGEST, rules, run_trace, traces
 
 
 @settings(
-    max_examples=60,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -172,7 +98,14 @@ def test_one_token_each_for_more_requests_than_slots(
 def test_choices_go_on_when_the_first_one_is_aborted(
     llama: EngineCore, reference: Reference, prefix_caching: bool
 ) -> None:
-    family = {"length": 30, "which": 0, "tail": 1, "tail_seed": 0, "max_tokens": 9, "n": 3}
+    family: dict[str, Any] = {
+        "length": 30,
+        "which": 0,
+        "tail": 1,
+        "tail_seed": 0,
+        "max_tokens": 9,
+        "n": 3,
+    }
     family |= {"warm": True, "priority": 0, "salt": ""}
     for turns in (0, 1, 2, 3, 5):
         core = begin_anew(llama, prefix_caching=prefix_caching, budget=16)
@@ -247,3 +180,23 @@ def test_rows_move_only_with_a_plan_that_is_sent(llama: EngineCore, reference: R
     one = {"which": 0, "n": 1, "warm": False, "priority": 0, "salt": "", "tail": 1, "length": 3}
     trace = [("add", one | {"tail_seed": 0, "max_tokens": n}) for n in (1, 1, 1, 2)]
     run_trace(begin_anew(llama, depth=2, prefix_caching=False), reference, trace)
+
+
+def test_a_handle_may_be_used_again_right_after_its_abort(
+    llama: EngineCore, reference: Reference
+) -> None:
+    core = begin_anew(llama, depth=3)
+    first, second = Client(core), Client(core)
+    first.add(prompt(30), max_tokens=40, ignore_eos=True)
+    for _ in range(4):
+        first.turn()
+    first.abort([0])
+    handle = second.add(prompt(20, 1), max_tokens=12)
+    assert handle == 0
+    for _ in range(6):
+        second.turn()
+    assert 0 in core.host.live and not second.finished, "or an abort would not find it"
+    second.drain()
+    check_drained(core)
+    assert second.tokens[0] == reference.text(prompt(20, 1), 12)
+    assert second.finished[0].reason in ("stop", "length")

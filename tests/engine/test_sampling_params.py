@@ -88,7 +88,7 @@ def test_a_tiny_temperature_is_raised_and_a_tinier_one_is_greedy():
 
 
 def test_other_spellings_become_one():
-    params = SamplingParams(stop="end", seed=-1, top_k=-1, logit_bias={"7": 500, 8: -500})
+    params = SamplingParams(stop="end", seed=-1, top_k=-1, logit_bias={"7": 500, 8: -500})  # type: ignore[dict-item]
     assert params.stop_strings == ["end"]
     assert params.seed is None
     assert params.top_k == 0

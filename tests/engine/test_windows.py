@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 
 from octavo.engine.assemble import Parts
 from octavo.engine.core import EngineCore
@@ -21,8 +22,8 @@ from tests.engine.tiny import (
     make_parts,
     prompt,
 )
+from tests.engine.traces import LONGEST, rules, run_trace, traces
 
-LONGEST = 96
 WINDOW = 12
 FACTS = {"gemma3": GEMMA3, "mistral": MISTRAL}
 
@@ -117,6 +118,20 @@ def test_many_long_texts_preempt_and_are_still_right(engine: EngineCore, alone: 
     play(core, alone, [(prompt(20 + i, tail=1, tail_seed=i % 3), 70) for i in range(9)])
     open_groups = any(not pool.group.window for pool in core.host.pools)
     assert (core.host.counters.preemptions > 0) == open_groups
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
+)
+@given(rule=rules, trace=traces)
+def test_any_trace_leaks_nothing_keeps_the_order_and_gives_the_right_text(
+    engine: EngineCore, alone: Reference, rule: dict[str, Any], trace: list[Any]
+) -> None:
+    run_trace(begin_anew(engine, **rule), alone, trace)
 
 
 def test_a_window_pool_that_barely_fits_still_gets_everyone_done() -> None:

@@ -195,10 +195,10 @@ class Reference:
         self.eos = parts.eos_token_ids
         self._generate = jax.jit(self._scan)
         self._forward = jax.jit(self._whole)
-        self._texts: dict[Any, tuple[list[int], float]] = {}
+        self._texts: dict[Any, list[int]] = {}
 
     def _scan(self, params: Any, prompt: jax.Array, n: jax.Array, row: Any, seed: Any) -> Any:
-        """prompt i32[X] of n tokens -> every next token i32[X] and its lead over the second."""
+        """prompt i32[X] of n tokens -> every next token i32[X - 1]."""
         controls = Controls.unpack(row[None])
 
         def one(carry: Any, position: jax.Array) -> Any:
@@ -207,10 +207,9 @@ class Reference:
             ops = plain_ops(at)
             hidden, cache = self.model.forward(params, token[None], at, cache, ops)
             logits = self.model.logits(params, hidden, ops)
-            best = jax.lax.top_k(logits[0], 2)[0]
             chosen, _ = sample(logits, controls, seed[None], at + 1)
             following = jnp.where(position + 1 < n, prompt[position + 1], chosen[0])
-            return (following, cache), (following, best[0] - best[1])
+            return (following, cache), following
 
         cache = empty_cache(self.model, self.longest, jnp.float32)
         positions = jnp.arange(self.longest - 1, dtype=jnp.int32)
@@ -239,12 +238,9 @@ class Reference:
         seed: int = 0,
         choice: int = 0,
         ignore_eos: bool = False,
-        clear: bool = False,
+        stops: Iterable[int] = (),
     ) -> list[int]:
-        """The continuation: `count` tokens, or up to an end token or the end of the context.
-
-        `clear` asserts that no greedy choice was a near tie, which sums in another order may turn.
-        """
+        """The continuation: `count` tokens, or up to an end token or the end of the context."""
         prompt = list(prompt)
         key = (tuple(prompt), temperature, seed, choice)
         if key not in self._texts:
@@ -253,14 +249,11 @@ class Reference:
             row = Controls.pack(temperature=temperature, choice=choice)
             seeds = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32)
             n = np.int32(len(prompt))
-            out, gap = self._generate(self.params, padded, n, row, seeds)
-            at = len(prompt) - 1
-            self._texts[key] = np.asarray(out)[at:].tolist(), float(np.min(gap[at:]))
-        whole, gap = self._texts[key]
-        if clear:
-            assert gap > 1e-4, f"a lead of {gap} only: choose another prompt"
-        out = whole[:count]
-        ends = [] if ignore_eos else [i for i, token in enumerate(out) if token in self.eos]
+            out = self._generate(self.params, padded, n, row, seeds)
+            self._texts[key] = np.asarray(out)[len(prompt) - 1 :].tolist()
+        out = self._texts[key][:count]
+        last = {*stops, *([] if ignore_eos else self.eos)}
+        ends = [i for i, token in enumerate(out) if token in last]
         return out[: ends[0] + 1] if ends else out
 
 

@@ -1,5 +1,7 @@
 """GGUF: every quantization, the converter's changes undone, damage named."""
 
+from typing import Any
+
 import gguf
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def write_gguf(path, arch, tensors, **metadata):
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     for key, value in metadata.items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add: Any = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         if isinstance(value, str):
             add = writer.add_string
         add(f"{arch}.{key.replace('__', '.')}", value)
