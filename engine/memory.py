@@ -62,7 +62,8 @@ class MemoryPlan:
             f"state      {size(self.state):>10}   {self.max_num_seqs} slots",
             f"workspace  {size(self.workspace):>10}",
             f"total      {size(self.total):>10}",
-            f"fits {whole} sequences of {self.max_model_len:,} tokens, "
+            f"fits {whole} {'sequence' if whole == 1 else 'sequences'} of "
+            f"{self.max_model_len:,} tokens, "
             f"or {self.max_num_seqs} of {each:,}",
         ]
 

@@ -47,7 +47,7 @@ def test_a_length_that_was_asked_for_is_never_shortened() -> None:
 
 
 def test_a_model_larger_than_the_device_is_refused_with_a_hint() -> None:
-    with pytest.raises(ConfigError, match=r"use a smaller model") as refusal:
+    with pytest.raises(ConfigError, match=r"hint: a smaller model") as refusal:
         sized(LLAMA | {"hidden_size": 4096, "intermediate_size": 8192}, 50 * MiB)
     assert "MiB of weights" in str(refusal.value) and "50.00 MiB on cpu" in str(refusal.value)
 
