@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from octavo import LLM, AsyncLLM, RequestOutput, SamplingParams
 from octavo.engine.sampling_params import RequestOutputKind
 from tests.e2e.golden import CHAT, COMPLETION, GEMMA, SMALL, Row, need
+from tests.e2e.served import end, serve
 from tests.server.conftest import Server
 
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
@@ -137,3 +139,18 @@ def test_a_sampled_request_repeats_with_its_seed_whoever_runs_beside_it(smollm2:
     )
     ids = [output.outputs[0].token_ids for output in (alone, *beside)]
     assert ids[0] == ids[1] == ids[3] and ids[4] != ids[0]
+
+
+def test_the_endpoint_with_gemma_3(tmp_path: Path) -> None:
+    need("gemma3-270m")
+    server = serve("gemma3-270m", *FLAGS, log=tmp_path / "log")
+    try:
+        client: Any = server.openai()
+        body = {"model": "gemma3-270m", "prompt": GEMMA.prompt, "temperature": 0, "max_tokens": 20}
+        text = client.completions.create(**body)
+        assert text.choices[0].text == GEMMA.text
+        pieces = client.completions.create(**body, stream=True)
+        assert "".join(c.text for chunk in pieces for c in chunk.choices) == GEMMA.text
+        assert server.metric("octavo:compiles_after_ready_total") == 0
+    finally:
+        end(server)
