@@ -14,9 +14,7 @@ from octavo.engine.messages import Finish, Logprobs, Start
 from octavo.engine.prefix import extend_hashes
 from octavo.engine.scheduler import stop
 from octavo.engine.sequence import Phase, Sequence
-from octavo.engine.state import STOP_IDS
-
-LIVE, FINISHED, BY_STOP = 1, 2, 4  # bits of a row's flags; engine/step.py
+from octavo.engine.state import BY_STOP, FINISHED, LIVE, STOP_IDS
 
 
 @dataclass

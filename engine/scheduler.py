@@ -42,10 +42,10 @@ def schedule(host: Host) -> Launch | None:
     return _launch(host, draft, chunks, decoding)
 
 
-def needs(host: Host, chunks: list[tuple[Sequence, int, int, bool]]) -> int:
-    """The most pages, per group, that a step with these chunks takes."""
+def needs(host: Host, chunks: list[tuple[Sequence, int, int, bool]], decoding: np.ndarray) -> int:
+    """The most pages, per group, that a step with these chunks and decode rows (bool[B]) takes."""
     mask, shift = host.limits.dims.page_size - 1, host.limits.dims.shift
-    pages = int(np.count_nonzero(host.decoding & ((host.sent & mask) == 0)))
+    pages = int(np.count_nonzero(decoding & ((host.sent & mask) == 0)))
     for _, start, count, _ in chunks:
         pages += ((start + count + mask) >> shift) - ((start + mask) >> shift)
     return pages
@@ -74,7 +74,7 @@ def make_room(host: Host, chunks: list[tuple[Sequence, int, int, bool]]) -> bool
     """
     most = host.limits.dims.returns
     while True:
-        need = needs(host, chunks)
+        need = needs(host, chunks, host.decoding)
         for pool in host.pools:
             pool.evict(need - pool.bound - len(pool.returns))
         short = {
@@ -230,7 +230,7 @@ def _launch(
     """Pick the buckets, fill the plan, and advance the mirrors to after this step."""
     limits = host.limits
     windows = _windows(host, draft, least=1 if _tight(host) or draft.edits() else 4)
-    take = needs_of(host, chunks, decoding)
+    take = needs(host, chunks, decoding)
     stops = _edits(host, draft, force=any(take > pool.bound for pool in host.pools))
     tokens = sum(count for _, _, count, _ in chunks)
     token_bucket = bucket(limits.token_buckets, tokens) if tokens else 0
@@ -269,17 +269,6 @@ def _launch(
     _advance(host, chunks, decoding)
     host.counters.steps += 1
     return launch
-
-
-def needs_of(
-    host: Host, chunks: list[tuple[Sequence, int, int, bool]], decoding: np.ndarray
-) -> int:
-    """`needs`, for the rows that really decode in this step."""
-    saved, host.decoding = host.decoding, decoding
-    try:
-        return needs(host, chunks)
-    finally:
-        host.decoding = saved
 
 
 def _advance(

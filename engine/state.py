@@ -16,6 +16,7 @@ STOP_IDS = (
     8  # stop tokens checked on the device; a request with more has the rest checked by the host
 )
 BIAS = 256  # logit_bias entries per slot
+LIVE, FINISHED, BY_STOP = 1, 2, 4  # bits of a row's flags in a step's result
 
 
 @flax.struct.dataclass

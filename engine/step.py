@@ -23,16 +23,13 @@ from octavo.backends.record import Backend
 from octavo.engine import pages as page_ops
 from octavo.engine import slots as slot_ops
 from octavo.engine.plan import CHUNKS, chunk_segment, unpack
-from octavo.engine.state import Dims, EngineState, PageState, SlotState
+from octavo.engine.state import BY_STOP, FINISHED, LIVE, Dims, EngineState, PageState, SlotState
 from octavo.models.ops import AttentionSpec, Ops
 from octavo.models.registry import Model
 from octavo.pallas_kernels.attention.batch import RaggedBatch
 from octavo.pallas_kernels.sampling import Controls, Edits, count_generated, top_logprobs
 from octavo.pallas_kernels.sampling import argmax as likeliest
 from octavo.pallas_kernels.sampling import sample as sample_tokens
-
-# Bits of a row's flags in the result.
-LIVE, FINISHED, BY_STOP = 1, 2, 4
 
 
 @dataclass(frozen=True)
