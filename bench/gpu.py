@@ -1,7 +1,8 @@
 """The engine on one accelerator: random weights of a real model's shape, four workloads.
 
-example:
+examples:
   octavo bench gpu --model shapes/llama31_8b single_stream decode_heavy
+  octavo bench gpu --model shapes/llama31_8b --steps --kernels
 """
 
 import argparse
@@ -10,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from octavo.bench.common import Row, Spread, report
+from octavo.bench.gpu_steps import Steps, print_builds, time_programs
 from octavo.bench.workloads import NAMES, Workload, make
 from octavo.cli.options import add_config_flags, config_from_args
 
@@ -18,6 +20,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The shape, and which workloads."""
     parser.add_argument("workloads", nargs="*", help=f"any of {', '.join(NAMES)}; all by default")
     parser.add_argument("--rounds", type=int, default=1, help="times each workload is run")
+    parser.add_argument("--steps", action="store_true", help="tell where the time of a step goes")
+    parser.add_argument("--kernels", action="store_true", help="and which kernels take it")
     add_config_flags(parser)
     parser.set_defaults(load_format="dummy", max_model_len=4096, enable_prefix_caching=False)
 
@@ -29,12 +33,22 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"there is no workload `{name}`; there are {', '.join(NAMES)}")
     core = import_module("octavo.engine.core").EngineCore(config_from_args(args))
     print(*core.summary(), sep="\n", flush=True)
+    if args.steps:
+        print_builds(core)
+        time_programs(core)
     rows = []
     vocab = core.resolved.dims.vocab
     drive(core, make("decode_heavy", vocab), shorten=16)  # warm
     for name in args.workloads or NAMES:
         load = make(name, vocab)
-        seconds = [drive(core, load) for _ in range(args.rounds)]
+        steps = Steps()
+        with steps.watch(core):
+            seconds = [drive(core, load) for _ in range(args.rounds)]
+        if args.steps:
+            print(f"\n{name}: {', '.join(f'{s:.2f}' for s in seconds)} s")
+            steps.print()
+        if args.kernels:
+            examine(core, load)
         if name == "single_stream":
             each = [1e3 * s / load.tokens_out for s in seconds]
             rows.append(Row(name, "ms a token", Spread.of(each), digits=2))
@@ -49,22 +63,45 @@ def run(args: argparse.Namespace) -> int:
     return report("gpu", facts, rows, args)
 
 
+def examine(core: Any, load: Workload) -> None:
+    """Profile a stretch from the beginning of a workload and one from its middle."""
+    from octavo.bench.gpu_kernels import profile
+
+    submit(core, load)
+
+    def turns(count: int) -> None:
+        for _ in range(count):
+            if core.has_work():
+                core.turn()
+
+    turns(3)
+    profile(lambda: turns(4))
+    turns(min(load.outputs) // 2)
+    profile(lambda: turns(8))
+    core.drain()
+
+
 def drive(core: Any, load: Workload, shorten: int = 0) -> float:
     """Seconds from the first request to the last token."""
+    began = time.perf_counter()
+    submit(core, load, shorten)
+    got = 0
+    while core.has_work():
+        got += sum(len(output.tokens) // 4 for output in core.turn())
+    assert got == (shorten * len(load.prompts) or load.tokens_out), f"{got=}"
+    return time.perf_counter() - began
+
+
+def submit(core: Any, load: Workload, shorten: int = 0) -> None:
+    """Add all requests."""
     import numpy as np
 
     from octavo.engine.messages import AddRequest
     from octavo.engine.sampling_params import SamplingParams
 
-    began = time.perf_counter()
     for i, (prompt, count) in enumerate(zip(load.prompts, load.outputs, strict=True)):
         params = SamplingParams(
             temperature=0.0, max_tokens=shorten or count, ignore_eos=True, detokenize=False
         )
         ids = np.asarray(prompt, np.int32).tobytes()
         core.add(AddRequest(i + 1, str(i), ids, params, arrival=time.monotonic()))
-    got = 0
-    while core.has_work():
-        got += sum(len(output.tokens) // 4 for output in core.turn())
-    assert got == (shorten * len(load.prompts) or load.tokens_out), f"{got=}"
-    return time.perf_counter() - began

@@ -10,6 +10,7 @@ shard.
 """
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -59,6 +60,8 @@ class Programs:
     sample: dict[int, Any] = field(default_factory=dict)
     rich: dict[int, Any] = field(default_factory=dict)
     score: dict[int, Any] = field(default_factory=dict)
+    # By name: seconds to trace, which one thread does, and seconds of a thread to compile.
+    builds: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def shapes(self) -> list[tuple[int, int]]:
         """The (R, T) of every forward pass."""
@@ -77,12 +80,14 @@ class Programs:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
             futures = []
             for name, place, function, arguments, donate in jobs:
-                jitted = jax.jit(function, donate_argnums=donate)
-                lowered = jitted.lower(*arguments)
-                work = threads.submit(lowered.compile, compiler_options=options)
-                futures.append((name, place, work))
-            for name, place, work in futures:
-                place(work.result())
+                began = time.perf_counter()
+                lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
+                work = threads.submit(_timed, lowered.compile, compiler_options=options)
+                futures.append((name, place, work, time.perf_counter() - began))
+            for name, place, work, traced in futures:
+                program, seconds = work.result()
+                self.builds[name] = (traced, seconds)
+                place(program)
                 done += 1
                 if progress is not None:
                     progress(name, done, len(jobs))
@@ -156,6 +161,11 @@ class Programs:
         every += [*self.score.values()]
         sizes = [p.memory_analysis() for p in every if p is not None]
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
+
+
+def _timed(work: Callable[..., Any], **arguments: Any) -> tuple[Any, float]:
+    began = time.perf_counter()
+    return work(**arguments), time.perf_counter() - began
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
