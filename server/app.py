@@ -13,13 +13,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo.server.frontend import Frontend
 from octavo.server.protocol.errors import ApiError
 from octavo.server.respond import error_response, unauthorized
-from octavo.server.routes import chat, completions, health, models, tokenize
+from octavo.server.routes.table import ENDPOINTS
 
 GUARDED = "/v1"
 logger = logging.getLogger("octavo.server")
@@ -86,19 +85,7 @@ def create_app(
         yield
         await frontend.client.close()
 
-    routes = [
-        Route("/v1/chat/completions", chat.create, methods=["POST"]),
-        Route("/v1/completions", completions.create, methods=["POST"]),
-        Route("/v1/models", models.listing),
-        Route("/v1/models/{name:path}", models.one),
-        Route("/tokenize", tokenize.tokenize, methods=["POST"]),
-        Route("/detokenize", tokenize.detokenize, methods=["POST"]),
-        Route("/health", health.health),
-        Route("/ping", health.health, methods=["GET", "POST"]),
-        Route("/ready", health.ready),
-        Route("/version", health.version),
-        Route("/metrics", health.metrics),
-    ]
+    routes = [endpoint.route() for endpoint in ENDPOINTS]
     settings = frontend.settings
     middleware = []
     if settings.cors_origin:
