@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -16,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo.server.frontend import Frontend
+from octavo.server.openapi import document, page
 from octavo.server.protocol.errors import ApiError
 from octavo.server.respond import error_response, unauthorized
 from octavo.server.routes.table import ENDPOINTS
@@ -98,4 +100,6 @@ def create_app(
         routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan
     )
     app.state.frontend = frontend
+    described = document(ENDPOINTS, keyed=bool(settings.api_key))
+    app.state.openapi, app.state.docs = msgspec.json.encode(described), page(described)
     return app

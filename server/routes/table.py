@@ -1,13 +1,8 @@
 """Every route with what it takes and gives: the app serves it, /openapi.json describes it."""
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-
+from octavo.server.endpoint import Endpoint, post
 from octavo.server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse
 from octavo.server.protocol.completions import CompletionRequest, CompletionResponse
 from octavo.server.protocol.models import (
@@ -15,33 +10,12 @@ from octavo.server.protocol.models import (
     DetokenizeResponse,
     ModelCard,
     ModelList,
+    Status,
     TokenizeRequest,
     TokenizeResponse,
+    Version,
 )
-from octavo.server.routes import chat, completions, health, models, tokenize
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """One path and method."""
-
-    path: str
-    handler: Callable[[Request], Awaitable[Response]]
-    summary: str
-    body: Any = None  # the msgspec type of the request's body
-    answer: Any = None  # of the response's body; None: not JSON
-    method: str = "GET"
-    streams: bool = False  # `stream: true` answers with server-sent events
-
-    def route(self) -> Route:
-        return Route(self.path, self.handler, methods=[self.method])
-
-
-def post(
-    path: str, handler: Any, summary: str, body: Any, answer: Any, streams: bool = False
-) -> Endpoint:
-    return Endpoint(path, handler, summary, body, answer, "POST", streams)
-
+from octavo.server.routes import chat, completions, docs, health, models, tokenize
 
 ENDPOINTS = [
     post(
@@ -76,10 +50,12 @@ ENDPOINTS = [
         DetokenizeRequest,
         DetokenizeResponse,
     ),
-    Endpoint("/health", health.health, "Whether the server and its engine live"),
-    Endpoint("/ping", health.health, "The same as /health"),
-    Endpoint("/ping", health.health, "The same as /health", method="POST"),
-    Endpoint("/ready", health.ready, "Whether the engine can generate"),
-    Endpoint("/version", health.version, "The version of Octavo"),
-    Endpoint("/metrics", health.metrics, "Figures for Prometheus"),
+    Endpoint("/health", health.health, "Whether the server and its engine live", answer=Status),
+    Endpoint("/ping", health.health, "The same as /health", answer=Status),
+    Endpoint("/ping", health.health, "The same as /health", answer=Status, method="POST"),
+    Endpoint("/ready", health.ready, "Whether the engine can generate", answer=Status),
+    Endpoint("/version", health.version, "The version of Octavo", answer=Version),
+    Endpoint("/metrics", health.metrics, "Figures for Prometheus", media_type="text/plain"),
+    Endpoint("/openapi.json", docs.openapi, "This description", answer=dict[str, Any]),
+    Endpoint("/docs", docs.page, "This description for people", media_type="text/html"),
 ]
