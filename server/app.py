@@ -68,6 +68,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     )
 
 
+async def _too_deep(_: Request, error: Exception) -> Response:
+    """A body may be read and still be too deep for what works on it: templates, schemas."""
+    logger.warning("a request was nested too deeply", exc_info=error)
+    return error_response(ApiError(400, "the body is nested too deeply"))
+
+
 async def _bug(_: Request, error: Exception) -> Response:
     logger.error("a request failed", exc_info=error)
     return error_response(ApiError(500, "internal error; the server's log has the details"))
@@ -95,7 +101,12 @@ def create_app(
         middleware.append(Middleware(CORSMiddleware, allow_origins=settings.cors_origin, **cors))
     if settings.api_key:
         middleware.append(Middleware(ApiKeys, keys=settings.api_key))
-    handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _bug}
+    handlers: dict[Any, Any] = {
+        ApiError: _api_error,
+        HTTPException: _http_error,
+        RecursionError: _too_deep,
+        Exception: _bug,
+    }
     app = Starlette(
         routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan
     )

@@ -68,7 +68,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
 
     # Known and refused: to ignore them would answer another question than the one asked.
-    response_format: Any = None
+    response_format: dict[str, Any] | None = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
