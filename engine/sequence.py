@@ -39,7 +39,7 @@ class Sequence:
     phase: Phase = Phase.WAITING
     slot: int = -1
     started: bool = False  # its Start was sent
-    retried: bool = False  # a step failed while it ran, and it began again
+    failed_at: int = -1  # tokens known when a step last failed while it ran
     prompt_scored: int = 1  # prompt positions whose log probabilities were sent; the first has none
     hashes: list[bytes] = field(default_factory=list)
     root: bytes = b""  # the name of the empty prefix
