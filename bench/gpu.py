@@ -78,6 +78,7 @@ def examine(core: Any, load: Workload) -> None:
     profile(lambda: turns(4))
     turns(min(load.outputs) // 2)
     profile(lambda: turns(8))
+    core.abort([i + 1 for i in range(len(load.prompts))])
     core.drain()
 
 

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def print_kernels(events: list[tuple[str, float, float]], most: int) -> None:
     if not events:
         print("the profiler saw no kernel")
         return
-    total, count = Counter[str](), Counter[str]()
+    total, count = defaultdict[str, float](float), Counter[str]()
     busy, end = 0.0, events[0][1]
     for name, start, length in events:
         short = re.sub(r"[_.]\d+(?=$|_)", "", name)[:76]
@@ -52,6 +52,6 @@ def print_kernels(events: list[tuple[str, float, float]], most: int) -> None:
     print(f"kernels: {len(events)} in {span / 1e3:.2f} ms, busy {busy / span:.1%}")
     rows = [
         (name, f"{count[name]}", f"{us / 1e3:.3f}", f"{us / count[name]:.1f}", f"{us / span:.1%}")
-        for name, us in total.most_common(most)
+        for name, us in sorted(total.items(), key=lambda pair: -pair[1])[:most]
     ]
     print_table(("kernel", "times", "sum ms", "each us", "of all"), rows, indent="")

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from octavo.engine.assemble import Parts, Progress, assemble
+from octavo.engine.assemble import Parts, Progress, assemble, limits_of
 from octavo.engine.config import EngineConfig
 from octavo.engine.device import Device
 from octavo.engine.harvest import Harvest, harvest, retire
-from octavo.engine.host import Host, Launch, Limits
+from octavo.engine.host import Host, Launch
 from octavo.engine.intake import Intake
 from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats
 from octavo.engine.planning import check_workspace
@@ -23,6 +23,7 @@ from octavo.engine.reader import Reader
 from octavo.engine.recovery import Recovery
 from octavo.engine.scheduler import schedule, stop
 from octavo.engine.sequence import Phase, Sequence
+from octavo.engine.several import extend
 
 STATS_EVERY = 0.25  # seconds between two Stats in the outputs
 DEADLINES_EVERY = 0.1  # seconds between two looks at the requests' time limits
@@ -45,14 +46,7 @@ class EngineCore:
         self.backend, self.resolved = parts.backend, parts.resolved
         self.eos_token_ids = parts.eos_token_ids
         self.reader = Reader()
-        self.limits = Limits(
-            dims=self.resolved.dims,
-            row_buckets=self.resolved.row_buckets,
-            token_buckets=self.resolved.token_buckets,
-            depth=config.steps_in_flight,
-            prefix_caching=config.enable_prefix_caching,
-            by_priority=config.scheduling_policy == "priority",
-        )
+        self.limits = limits_of(config, self.resolved)
         self.host = Host(self.limits)
         self.intake = Intake(self.resolved, self.eos_token_ids, config.max_num_queued_reqs)
         self.device = Device(config, parts, self.limits, self.reader, progress)
@@ -126,9 +120,9 @@ class EngineCore:
         try:
             self._check_deadlines(began)
             launch = self._dispatch(outputs)
-            flights = self.host.flights
-            while flights and (len(flights) >= self.limits.depth or launch is None):
-                outputs.append(self._output(self._harvest()))
+            host = self.host
+            while host.flights and (host.in_flight >= self.limits.depth or launch is None):
+                outputs += self._harvest_program()
                 if launch is None:
                     break
         except Exception as error:  # the donated state is gone, whatever it was
@@ -142,6 +136,7 @@ class EngineCore:
 
     def _dispatch(self, outputs: list[Output]) -> Launch | None:
         launch = schedule(self.host)
+        extend(self.host, launch)
         if launch is None:
             assert self.host.flights or not self.host.live, "nothing runs and nothing can start"
             return None
@@ -149,14 +144,22 @@ class EngineCore:
         passed = self.device.begin(launch)
         if launch.masked:  # every token so far must be known, while the forward pass runs
             while self.host.flights:
-                outputs.append(self._output(self._harvest()))
+                outputs += self._harvest_program()
         self.device.finish(launch, passed, self.host)
         self.host.flights.append(launch.flight)
+        self.host.flights.extend(launch.followers)
         return launch
+
+    def _harvest_program(self) -> list[Output]:
+        """All steps of the oldest program."""
+        outputs = [self._output(self._harvest())]
+        while self.host.flights and self.host.flights[0].part:
+            outputs.append(self._output(self._harvest()))
+        return outputs
 
     def _harvest(self) -> Harvest:
         flight = self.host.flights[0]
-        rows = self.device.read(flight, behind=len(self.host.flights) - 1)
+        rows = self.device.read(flight, behind=self.host.in_flight - 1)
         self.host.flights.popleft()
         out = harvest(self.host, flight, rows)
         return out
