@@ -3,6 +3,7 @@
 examples:
   octavo bench gpu --model shapes/llama31_8b single_stream decode_heavy
   octavo bench gpu --model shapes/llama31_8b --steps --kernels
+  octavo bench gpu --model shapes/llama31_8b --peer /opt/vllm
 """
 
 import argparse
@@ -10,10 +11,12 @@ import time
 from importlib import import_module
 from typing import Any
 
+from octavo.bench import gpu_peer
 from octavo.bench.common import Row, Spread, report
 from octavo.bench.gpu_steps import Steps, print_builds, time_programs
 from octavo.bench.workloads import NAMES, Workload, make
 from octavo.cli.options import add_config_flags, config_from_args
+from octavo.engine.config import ConfigError
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -22,45 +25,84 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=1, help="times each workload is run")
     parser.add_argument("--steps", action="store_true", help="tell where the time of a step goes")
     parser.add_argument("--kernels", action="store_true", help="and which kernels take it")
-    add_config_flags(parser)
+    parser.add_argument(
+        "--peer", default="", metavar="FOLDER", help="also run the vLLM that lies unpacked there"
+    )
+    parser.usage = "%(prog)s [WORKLOAD ...] --model SHAPE [flags]"
+    add_config_flags(parser, positional_model=False)
     parser.set_defaults(load_format="dummy", max_model_len=4096, enable_prefix_caching=False)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
-    for name in args.workloads:
+    names = args.workloads or list(NAMES)
+    for name in names:
         if name not in NAMES:
-            raise ValueError(f"there is no workload `{name}`; there are {', '.join(NAMES)}")
-    core = import_module("octavo.engine.core").EngineCore(config_from_args(args))
+            raise ConfigError(f"there is no workload `{name}`", f"there are {', '.join(NAMES)}")
+    config, peer = config_from_args(args), None
+    if args.peer:  # first, because ours keeps the device's memory until its process ends
+        peer = gpu_peer.measure(args.peer, config.model, names, args.rounds)
+        print(f"{gpu_peer.NAME} {peer.version} was ready in {peer.startup:.1f} s", flush=True)
+    began = time.perf_counter()
+    core = import_module("octavo.engine.core").EngineCore(config)
+    startup = time.perf_counter() - began
     print(*core.summary(), sep="\n", flush=True)
     if args.steps:
         print_builds(core)
         time_programs(core)
-    rows = []
+    rows = compare("start", "s", 1, [startup], [peer.startup] if peer else [])
     vocab = core.resolved.dims.vocab
     drive(core, make("decode_heavy", vocab), shorten=16)  # warm
-    for name in args.workloads or NAMES:
+    for name in names:
         load = make(name, vocab)
-        steps = Steps()
-        with steps.watch(core):
-            seconds = [drive(core, load) for _ in range(args.rounds)]
-        if args.steps:
-            print(f"\n{name}: {', '.join(f'{s:.2f}' for s in seconds)} s")
-            steps.print()
-        if args.kernels:
-            examine(core, load)
         if name == "single_stream":
-            each = [1e3 * s / load.tokens_out for s in seconds]
-            rows.append(Row(name, "ms a token", Spread.of(each), digits=2))
-        else:
-            rows.append(Row(name, "out tok/s", Spread.of([load.tokens_out / s for s in seconds])))
-            total = load.tokens_in + load.tokens_out
-            rows.append(Row(name, "in+out tok/s", Spread.of([total / s for s in seconds])))
+            drive(core, load)  # warm
+        rows += results(load, timed(core, load, args), peer.seconds[name] if peer else [])
     stats = core.stats()
     facts = {"stalls": stats.stalls, "compiles": stats.compiles_after_ready, "steps": stats.steps}
     facts["host us/step"] = round(1e6 * stats.host_seconds / max(1, stats.steps))
     core.close()
     return report("gpu", facts, rows, args)
+
+
+def timed(core: Any, load: Workload, args: argparse.Namespace) -> list[float]:
+    """The seconds of each round, with what else was asked for printed."""
+    steps = Steps()
+    with steps.watch(core):
+        seconds = [drive(core, load) for _ in range(args.rounds)]
+    if args.steps:
+        print(f"\n{load.name}: {', '.join(f'{s:.2f}' for s in seconds)} s")
+        steps.print()
+    if args.kernels:
+        examine(core, load)
+    return seconds
+
+
+def results(load: Workload, ours: list[float], theirs: list[float]) -> list[Row]:
+    """The lines of one workload, from the seconds of its rounds."""
+    out, both = load.tokens_out, load.tokens_in + load.tokens_out
+
+    def rate(tokens: int, seconds: list[float]) -> list[float]:
+        return [tokens / s for s in seconds]
+
+    if load.name == "single_stream":
+        each = [[1e3 * s / out for s in seconds] for seconds in (ours, theirs)]
+        return compare(load.name, "ms a token", 2, *each)
+    rows = compare(load.name, "out tok/s", 0, rate(out, ours), rate(out, theirs))
+    return rows + compare(load.name, "in+out tok/s", 0, rate(both, ours), rate(both, theirs))
+
+
+def compare(
+    case: str, quantity: str, digits: int, ours: list[float], theirs: list[float]
+) -> list[Row]:
+    """Our samples; where there is another engine, its own and how many times faster ours is."""
+    rows = [Row(case, quantity, Spread.of(ours), digits)]
+    if theirs:
+        rows.append(Row(case, f"{gpu_peer.NAME}: {quantity}", Spread.of(theirs), digits))
+        ratio = Spread.of(ours).median / Spread.of(theirs).median
+        faster = ratio if quantity.endswith("/s") else 1 / ratio
+        rows.append(Row(case, f"times {gpu_peer.NAME}", Spread.of([faster]), 2))
+    return rows
 
 
 def examine(core: Any, load: Workload) -> None:

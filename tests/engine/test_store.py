@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from octavo.engine import programs as programs_module
+from octavo.engine import step
 from octavo.engine.assemble import Parts, cache_maker, limits_of
 from octavo.engine.programs import Programs
 from octavo.engine.step import Machine
@@ -47,7 +47,7 @@ def test_a_second_start_traces_nothing_and_computes_the_same(
 ) -> None:
     first = build(parts, tmp_path)
     assert first.found == 0
-    monkeypatch.setattr(programs_module.step, "forward", None)  # a trace would call it
+    monkeypatch.setattr(step, "forward", None)  # a trace would call it
     second = build(parts, tmp_path)
     assert second.found == len(second.builds) == len(first.builds)
     for one, other in zip(run(first, parts), run(second, parts), strict=True):
