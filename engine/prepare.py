@@ -8,8 +8,8 @@ from pathlib import Path
 
 from octavo.backends.select import select
 from octavo.engine.assemble import cache_maker, limits_of, open_model, refusals
+from octavo.engine.build import cache_folder
 from octavo.engine.config import ConfigError, EngineConfig
-from octavo.engine.device import use_cache
 from octavo.engine.memory import resolve
 from octavo.engine.programs import Programs
 from octavo.engine.step import Machine
@@ -43,7 +43,7 @@ def prepare(
 ) -> Prepared:
     """Compile what is not kept yet. Raises ConfigError where the model cannot be served here."""
     config.validate()
-    folder = use_cache(config.compilation_cache)
+    folder = cache_folder(config.compilation_cache)
     if folder is None:
         raise ConfigError(
             "there is no folder to keep compiled programs in",
