@@ -59,6 +59,8 @@ class AsyncLLM:
         if self._closed or self._failure is not None:
             raise RuntimeError(str(self._failure or "this AsyncLLM was closed; make a new one"))
         self._loop = self._loop or asyncio.get_running_loop()
+        if sampling_params is not None and sampling_params.structured_outputs is not None:
+            await self._requests.grammars.acheck(sampling_params.structured_outputs)
         request = self._requests.prepare(
             prompt, sampling_params, request_id=request_id, priority=priority
         )
@@ -146,6 +148,7 @@ class AsyncLLM:
             self._closed = True
             self._inbox.put(None)
             self._thread.join()
+            self._requests.grammars.close()
             self._core.close()
 
     async def __aenter__(self) -> Self:

@@ -56,7 +56,7 @@ class Launch:
     flight: Flight
     rows: int
     tokens: int  # T bucket; 0 is a pure decode
-    rich: bool  # log probabilities or masks: sample apart
+    rich: bool  # log probabilities beside the tokens
     masked: bool  # the mask needs every token before this step
     scored: bool  # prompt log probabilities
     greedy: bool = False  # every row takes the likeliest token: the shortest program
@@ -101,6 +101,7 @@ class Host:
         self.stopping: list[Sequence] = []  # their stop is in no plan yet
         self.stale: list[int] = []  # finished slots whose row the device still shows
         self.queue: list[tuple[int, int, Sequence]] = []  # heap of the waiting
+        self.compiling: set[Sequence] = set()  # in no queue until their grammar is built
         self.gone = 0  # entries of the queue that wait no more
         self.live: dict[int, Sequence] = {}  # by handle
         self.children: dict[int, list[Sequence]] = {}  # by the parent's serial, held back
@@ -113,7 +114,8 @@ class Host:
     @property
     def waiting(self) -> int:
         """Sequences in no slot."""
-        return len(self.queue) - self.gone + sum(len(c) for c in self.children.values())
+        queued = len(self.queue) - self.gone + len(self.compiling)
+        return queued + sum(len(c) for c in self.children.values())
 
     @property
     def running(self) -> int:

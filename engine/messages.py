@@ -21,6 +21,8 @@ class AddRequest(msgspec.Struct, tag="add", array_like=True, omit_defaults=True)
     arrival: float = 0.0  # seconds, time.monotonic of the host
     cache_salt: str = ""
     timeout: float = 0.0  # seconds from arrival; 0 is none
+    grammar: str = ""  # checked by the client; `sampling.structured_outputs` does not travel
+    mask_after: list[int] = []  # the grammar begins behind these tokens; empty is at once
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from octavo.engine import step
 from octavo.engine.compiles import WATCH
+from octavo.engine.grammar.guide import mask_words
 from octavo.engine.host import Limits
-from octavo.engine.masks import mask_words
 from octavo.engine.plan import plan_size
 from octavo.engine.state import EngineState, empty_pages, empty_slots
 
@@ -57,6 +57,7 @@ class Programs:
     forward: dict[tuple[int, int], Any] = field(default_factory=dict)
     greedy: dict[int, Any] = field(default_factory=dict)
     sample: dict[int, Any] = field(default_factory=dict)
+    masked: dict[int, Any] = field(default_factory=dict)
     rich: dict[int, Any] = field(default_factory=dict)
     score: dict[int, Any] = field(default_factory=dict)
 
@@ -127,10 +128,12 @@ class Programs:
         rows_only = replace(passed, chunk_hidden=None)
         mask = jax.ShapeDtypeStruct((1, rows, mask_words(machine.dims.vocab)), jnp.uint32)
         rich = _rich(machine, self._most_logprobs())
+        masked = _masked(machine)
         plain = (head, slots, rows_only)
         return [
             (f"greedy {rows} rows", self._put(self.greedy, rows), _greedy(machine), plain, (1,)),
             (f"sample {rows} rows", self._put(self.sample, rows), _sample(machine), plain, (1,)),
+            (f"masked {rows} rows", self._put(self.masked, rows), masked, (*plain, mask), (1,)),
             (f"rich {rows} rows", self._put(self.rich, rows), rich, (*plain, mask), (1,)),
         ]
 
@@ -151,6 +154,7 @@ class Programs:
             *self.forward.values(),
             *self.greedy.values(),
             *self.sample.values(),
+            *self.masked.values(),
             *self.rich.values(),
         ]
         every += [*self.score.values()]
@@ -194,6 +198,14 @@ def _sample(machine: step.Machine) -> Any:
         return as_shard((after, packed))
 
     return sample
+
+
+def _masked(machine: step.Machine) -> Any:
+    def masked(head: Any, slots: Any, passed: Any, mask: jax.Array) -> Any:
+        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed), mask[0])
+        return as_shard((after, packed))
+
+    return masked
 
 
 def _rich(machine: step.Machine, logprobs: int) -> Any:
