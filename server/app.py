@@ -85,6 +85,7 @@ def create_app(
             on_start()
         yield
         await frontend.client.close()
+        frontend.grammars.close()
 
     routes = [
         Route("/v1/chat/completions", chat.create, methods=["POST"]),

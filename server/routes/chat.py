@@ -39,6 +39,7 @@ async def create(request: Request) -> Response:
         max_tokens=body.most_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
+    await frontend.check_form(sampling, body.form_field)
     name = RequestId.of(request, body, "chatcmpl")
     generation = frontend.submit(prompt, sampling, body, name.public)
     if body.stream:
