@@ -48,6 +48,7 @@ class Guide:
         """`after`: the grammar begins behind the first place where these stand in the output."""
         self.matcher = matcher
         self.ends = frozenset(ends)  # tokens that end a text where the grammar allows an end
+        self.over = False  # it ended, and was told to go on: nothing but ends may follow
         self.broken = ""  # why no token can be chosen any more
         self._after = list(after)
         self._at = 0  # output tokens that were looked at
@@ -65,8 +66,9 @@ class Guide:
         else:
             self._at = len(output)
         for token in tokens:
-            if token in self.ends or self.broken:
-                continue  # told to go on after its end: nothing but ends may follow
+            self.over = self.over or token in self.ends
+            if self.over or self.broken:
+                return
             if not self.matcher.consume_token(token):
                 self.broken = reason(self.matcher) or f"token {token} does not fit the grammar"
 
@@ -92,8 +94,13 @@ class Filler:
     def fill(self, guides: list[Guide]) -> np.ndarray:
         """u32[len(guides), words]: bit v allows token v. One that cannot go on says `broken`."""
         out = np.full((len(guides), mask_words(self._vocab)), 0xFFFFFFFF, np.uint32)
-        jobs = [(guide.matcher, i) for i, guide in enumerate(guides)]
-        jobs = [job for job, guide in zip(jobs, guides, strict=True) if _rules(guide)]
+        jobs = []
+        for i, guide in enumerate(guides):
+            if guide.over:
+                out[i] = 0
+                _allow(out[i], guide.ends)
+            elif guide.begun and not guide.broken:
+                jobs.append((guide.matcher, i))
         if not jobs:
             return out
         if self._executor is None:
@@ -106,10 +113,10 @@ class Filler:
                 continue
             row = out[i]
             if any(row[end >> 5] >> (end & 31) & 1 for end in guides[i].ends):
-                for end in guides[i].ends:
-                    row[end >> 5] |= np.uint32(1 << (end & 31))
+                _allow(row, guides[i].ends)
         return out
 
 
-def _rules(guide: Guide) -> bool:
-    return guide.begun and not guide.broken
+def _allow(row: np.ndarray, tokens: Iterable[int]) -> None:
+    for token in tokens:
+        row[token >> 5] |= np.uint32(1 << (token & 31))
