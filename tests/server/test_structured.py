@@ -125,7 +125,7 @@ def test_a_form_that_is_too_slow_is_refused_in_time_and_holds_nobody_up(
     ]
     for thread in threads:
         thread.start()
-    waits = []
+    waits: list[float] = []
     while any(thread.is_alive() for thread in threads):
         for i, form in enumerate(({}, {"guided_regex": f"b{{{len(waits) + 1}}}"})):
             asked = time.monotonic()

@@ -48,7 +48,8 @@ def test_every_row_of_every_step_is_what_brute_force_gives(
 def test_a_guide_that_is_built_again_from_the_tokens_agrees(
     words: set[str], draw: st.DataObject
 ) -> None:
-    kept, output = guide(words), []
+    kept = guide(words)
+    output: list[int] = []
     for _ in range(5):
         kept.advance(np.array(output, np.int32))
         again = guide(words)

@@ -186,7 +186,8 @@ def test_only_steps_with_a_grammar_wait_for_the_step_before(core: EngineCore) ->
     client = Client(begin_anew(core, depth=4))
     client.add(prompt(9), grammar=regex("[ab]{12}"), max_tokens=20)
     client.add(prompt(9, tail=2), max_tokens=60, ignore_eos=True)
-    beside, alone = set(), set()
+    beside: set[int] = set()
+    alone: set[int] = set()
     while len(client.tokens[1]) < 50:
         client.turn()
         if len(client.tokens[0]) > 2:
