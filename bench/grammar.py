@@ -85,7 +85,7 @@ class XGrammar:
         tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self.size = len(tokens)
         info = xgrammar.TokenizerInfo(
-            tokens,  # type: ignore[arg-type]
+            tokens,
             xgrammar.VocabType.RAW,
             vocab_size=self.size,
             stop_token_ids=[end],

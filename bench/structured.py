@@ -130,8 +130,8 @@ def problem_of(text: str, name: str, schema: dict[str, Any]) -> str:
         value = json.loads(text)
     except ValueError as error:
         return f"not JSON ({error})"
-    error = jsonschema.exceptions.best_match(validator(schema).iter_errors(value))
-    return "" if error is None else str(error.message)
+    worst = jsonschema.exceptions.best_match(validator(schema).iter_errors(value))
+    return "" if worst is None else str(worst.message)
 
 
 def _print(tally: Tally) -> None:
