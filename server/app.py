@@ -7,19 +7,20 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo.server.frontend import Frontend
+from octavo.server.openapi import document, page
 from octavo.server.protocol.errors import ApiError
 from octavo.server.respond import error_response, unauthorized
-from octavo.server.routes import chat, completions, health, models, tokenize
+from octavo.server.routes.table import ENDPOINTS
 
 GUARDED = "/v1"
 logger = logging.getLogger("octavo.server")
@@ -67,6 +68,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     )
 
 
+async def _too_deep(_: Request, error: Exception) -> Response:
+    """A body may be read and still be too deep for what works on it: templates, schemas."""
+    logger.warning("a request was nested too deeply", exc_info=error)
+    return error_response(ApiError(400, "the body is nested too deeply"))
+
+
 async def _bug(_: Request, error: Exception) -> Response:
     logger.error("a request failed", exc_info=error)
     return error_response(ApiError(500, "internal error; the server's log has the details"))
@@ -87,19 +94,7 @@ def create_app(
         await frontend.client.close()
         frontend.grammars.close()
 
-    routes = [
-        Route("/v1/chat/completions", chat.create, methods=["POST"]),
-        Route("/v1/completions", completions.create, methods=["POST"]),
-        Route("/v1/models", models.listing),
-        Route("/v1/models/{name:path}", models.one),
-        Route("/tokenize", tokenize.tokenize, methods=["POST"]),
-        Route("/detokenize", tokenize.detokenize, methods=["POST"]),
-        Route("/health", health.health),
-        Route("/ping", health.health, methods=["GET", "POST"]),
-        Route("/ready", health.ready),
-        Route("/version", health.version),
-        Route("/metrics", health.metrics),
-    ]
+    routes = [endpoint.route() for endpoint in ENDPOINTS]
     settings = frontend.settings
     middleware = []
     if settings.cors_origin:
@@ -107,9 +102,16 @@ def create_app(
         middleware.append(Middleware(CORSMiddleware, allow_origins=settings.cors_origin, **cors))
     if settings.api_key:
         middleware.append(Middleware(ApiKeys, keys=settings.api_key))
-    handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _bug}
+    handlers: dict[Any, Any] = {
+        ApiError: _api_error,
+        HTTPException: _http_error,
+        RecursionError: _too_deep,
+        Exception: _bug,
+    }
     app = Starlette(
         routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan
     )
     app.state.frontend = frontend
+    described = document(ENDPOINTS, keyed=bool(settings.api_key))
+    app.state.openapi, app.state.docs = msgspec.json.encode(described), page(described)
     return app

@@ -6,6 +6,7 @@ import msgspec
 
 from octavo.engine.sampling_params import (
     ParameterError,
+    RepetitionDetectionParams,
     RequestOutputKind,
     SamplingParams,
     default_fields,
@@ -80,7 +81,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     # Known and refused: to ignore them would answer another question than the one asked.
     prompt_embeds: Any = None
     thinking_token_budget: int | None = None
-    repetition_detection: Any = None
+    repetition_detection: RepetitionDetectionParams | None = None
     use_beam_search: bool | None = None
     kv_transfer_params: Any = None
 
@@ -90,13 +91,13 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         "include_stop_str_in_output", "ignore_eos", "prompt_logprobs", "prompt_logprob_token_ids",
         "prompt_logprob_start", "logprob_token_ids", "logit_bias", "allowed_token_ids", "bad_words",
         "skip_special_tokens", "spaces_between_special_tokens", "detokenize", "stream_interval",
-        "skip_reading_prefix_cache", "watermarking",
+        "skip_reading_prefix_cache", "watermarking", "repetition_detection",
     )  # fmt: skip
 
     def check(self) -> None:
         """Refuse, by name, what cannot be served."""
         asked_form(self)
-        for field in ("prompt_embeds", "repetition_detection", "kv_transfer_params"):
+        for field in ("prompt_embeds", "kv_transfer_params"):
             if getattr(self, field):
                 raise not_yet(field, "leave it out")
         if self.thinking_token_budget is not None:
