@@ -12,6 +12,7 @@ example (see bench/schemas.py for the suite):
 import argparse
 import asyncio
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -44,6 +45,7 @@ class Tally:
     cut: int = 0
     failed: list[str] = field(default_factory=list)  # the request ended with an error
     invalid: list[str] = field(default_factory=list)
+    unjudged: list[str] = field(default_factory=list)  # parsed; jsonschema cannot read the schema
     tokens: int = 0
 
 
@@ -112,7 +114,12 @@ async def _one(
         tally.cut += 1
         return
     tally.ended += 1
-    if problem := problem_of(output.text, name, schema):
+    try:
+        problem = problem_of(output.text, name, schema)
+    except re.error as error:  # Python's `re` has no \p{Letter}
+        tally.unjudged.append(f"{name}: {error}")
+        return
+    if problem:
         tally.invalid.append(f"{name} (seed {seed}): {problem} in {output.text!r}")
 
 
@@ -134,15 +141,22 @@ def problem_of(text: str, name: str, schema: dict[str, Any]) -> str:
     return "" if worst is None else str(worst.message)
 
 
+def _lists(tally: Tally) -> list[tuple[str, list[str]]]:
+    return [("invalid", tally.invalid), ("failed", tally.failed), ("unjudged", tally.unjudged)]
+
+
 def _print(tally: Tally) -> None:
     about = machine()
     print(f"# structured  {about['processor']} x {about['cores']}  commit {about['commit']}")
     print(f"schemas      {tally.schemas}, {len(tally.refused)} refused")
     print(f"texts        {tally.texts}, {tally.tokens:,} tokens")
     print(f"ended        {tally.ended}, {len(tally.invalid)} of them invalid")
+    print(
+        f"             {len(tally.unjudged)} of them parsed, with a schema jsonschema cannot read"
+    )
     print(f"cut off      {tally.cut}")
     print(f"failed       {len(tally.failed)}")
-    for title, lines in (("invalid", tally.invalid), ("failed", tally.failed)):
+    for title, lines in _lists(tally):
         for line in lines:
             print(f"{title}: {line}")
     print("refused, by reason:")
