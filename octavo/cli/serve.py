@@ -32,7 +32,9 @@ def register(subparsers: Any) -> None:
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         flag, shown = "--" + f.name.replace("_", "-"), f" (default: {default})" if default else ""
         options: dict[str, Any] = {"help": f.metadata["help"] + shown, "default": default}
-        if isinstance(default, list):
+        if isinstance(default, bool):
+            options |= {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, list):
             options |= {"action": "append", "default": None, "metavar": "X"}
         else:
             options |= {"type": type(default), "metavar": f.metadata["metavar"]}
@@ -49,6 +51,15 @@ def settings_from_args(args: argparse.Namespace) -> ServerSettings:
         ("shutdown_timeout", 0, 86400),
         ("hung_after", 1, 86400),
         ("max_body_bytes", 1024, 2**40),
+        ("max_header_bytes", 1024, 2**30),
+        ("max_header_count", 16, 65536),
+        ("header_timeout", 0.1, 86400),
+        ("body_timeout", 0.1, 86400),
+        ("write_timeout", 0.1, 86400),
+        ("keep_alive_timeout", 1, 86400),
+        ("request_timeout", 0, 864000),
+        ("sse_keep_alive_interval", 0, 86400),
+        ("chat_template_timeout", 0.1, 60),
     ):
         value = getattr(settings, name)
         if not low <= value <= high:
