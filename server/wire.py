@@ -220,11 +220,5 @@ class _LimitedProtocol(HttpToolsProtocol):
 
 def _answer(error: ApiError) -> bytes:
     body = msgspec.json.encode(error.body())
-    return (
-        b"%bcontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
-        % (
-            STATUS_LINE[error.status],
-            len(body),
-            body,
-        )
-    )
+    head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+    return STATUS_LINE[error.status] + head % len(body) + body
