@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from octavo.server.frontend import Frontend
 from octavo.server.keys import ApiKeys, needs_key
+from octavo.server.observe import Observed, log_line
 from octavo.server.openapi import document, page
 from octavo.server.protocol.errors import ApiError
 from octavo.server.respond import error_response
@@ -59,14 +60,17 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         frontend.client.start()
+        frontend.siblings.start()
         if on_start is not None:
             on_start()
         yield
+        frontend.siblings.stop()
         await frontend.client.close()
 
     routes = [endpoint.route() for endpoint in ENDPOINTS]
     settings = frontend.settings
-    middleware = []
+    tell = [log_line()] if settings.enable_log_requests else []
+    middleware = [Middleware(Observed, figures=frontend.client.figures, tell=tell)]
     if settings.cors_origin:
         cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.append(Middleware(CORSMiddleware, allow_origins=settings.cors_origin, **cors))

@@ -24,6 +24,7 @@ from octavo.server.frontend import Frontend
 from octavo.server.http import GRACE, serve_http
 from octavo.server.keys import with_all_keys
 from octavo.server.launch import EngineProcess
+from octavo.server.logs import set_up as set_up_logs
 from octavo.server.settings import ServerSettings
 from octavo.server.tls import tls_context
 
@@ -50,7 +51,6 @@ def serve_one(
         ended=ended,
         max_queued=max(1, config.max_num_queued_reqs // settings.api_server_count),
         hung_after=settings.hung_after,
-        model_name=settings.names(config.model)[0],
     )
     frontend = Frontend(settings, config, text, client)
     url = url_of(settings, listener)
@@ -181,6 +181,7 @@ def main() -> None:
     """Entry of an API process that is a child: one JSON line on stdin says what to serve."""
     order = json.loads(sys.stdin.buffer.readline())
     settings, config = ServerSettings(**order["settings"]), EngineConfig(**order["config"])
+    set_up_logs(settings.log_json)
     listener = socket.socket(order["family"], socket.SOCK_STREAM, fileno=order["listener"])
     try:
         serve_one(

@@ -1,7 +1,6 @@
 """`octavo serve`: an OpenAI endpoint for one model."""
 
 import argparse
-import logging
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -9,6 +8,7 @@ from octavo.cli.options import add_config_flags, config_from_args
 from octavo.engine.config import ConfigError
 from octavo.engine.process import CORE, MAX_CLIENTS
 from octavo.server.http import bind
+from octavo.server.logs import set_up as set_up_logs
 from octavo.server.settings import ServerSettings
 from octavo.server.worker import serve
 
@@ -69,8 +69,8 @@ def settings_from_args(args: argparse.Namespace) -> ServerSettings:
 
 def run(args: argparse.Namespace, core: str = CORE) -> int:
     """Serve until a signal; 0 after a clean end, 1 if the engine died, 2 if it could not start."""
-    logging.basicConfig(format="octavo: %(message)s", level=logging.WARNING)
     settings, config = settings_from_args(args), config_from_args(args)
+    set_up_logs(settings.log_json)
     listener = bind(settings)
     try:
         return serve(settings, config, listener, core)
