@@ -1,8 +1,8 @@
 """How the API processes of one server know each other's figures: through a file of each.
 
-Every process writes what it counted, twice a second, into the engine's folder, and reads the others' when somebody asks for
-/metrics, so any of them answers for the whole server. One that takes the place of a process that
-ended goes on from its file: totals never go back.
+Every process writes what it counted, twice a second, into the engine's folder, and reads what the
+others wrote when somebody asks for /metrics, so any of them answers for the whole server. One that
+takes the place of a process that ended goes on from its file: totals never go back.
 """
 
 import asyncio

@@ -75,7 +75,6 @@ class EventStream(Response):
     async def _send_all(self, send: Send, write: Callable[[bytes], bool]) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        await send({"type": "http.response.body", "body": b"", "more_body": True})
         try:
             async for chunk in self._chunks:
                 self._sent += 1

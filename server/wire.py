@@ -210,7 +210,9 @@ class _LimitedProtocol(HttpToolsProtocol):
 
         def write_chunk(chunk: bytes) -> bool:
             """Write to an answer that has begun; False: it must go through `send`."""
-            if not cycle.chunked_encoding or flow.write_paused or cycle.disconnected:
+            if not cycle.chunked_encoding or cycle.response_complete:
+                return False
+            if flow.write_paused or cycle.disconnected:
                 return False
             write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
             return True
