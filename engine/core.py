@@ -22,6 +22,7 @@ from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Sta
 from octavo.engine.planning import check_workspace
 from octavo.engine.reader import Reader
 from octavo.engine.recovery import Recovery
+from octavo.engine.resident import resident_bytes
 from octavo.engine.scheduler import schedule, stop
 from octavo.engine.sequence import Phase, Sequence
 
@@ -202,6 +203,9 @@ class EngineCore:
         rows = self.device.read(flight, behind=len(self.host.flights) - 1 + busy)
         self.host.flights.popleft()
         out = harvest(self.host, flight, rows)
+        if rows is not None:
+            prompt = sum(count for _, _, count, _ in flight.chunks)
+            self.host.counters.count_iteration(prompt + len(out.tokens))
         return out
 
     def _note_starts(self, launch: Launch) -> None:
@@ -263,6 +267,12 @@ class EngineCore:
             host_seconds=self._host_seconds,
             in_flight=len(host.flights),
             restarts=self.recovery.restarts,
+            evictions=sum(pool.evictions for pool in host.pools),
+            page_waits=counters.waits,
+            deferred=host.deferred,
+            iterations=counters.iterations,
+            iteration_tokens=counters.iteration_tokens,
+            resident_bytes=resident_bytes(),
         )
 
     def ready(self) -> Ready:
@@ -277,6 +287,8 @@ class EngineCore:
             max_num_batched_tokens=resolved.token_buckets[-1],
             summary=self.summary(),
             startup_seconds=self.startup_seconds,
+            page_size=self.memory.page_size,
+            kv_dtype=resolved.kv_dtype.name,
         )
 
     def summary(self) -> list[str]:

@@ -19,13 +19,17 @@ from octavo.engine.text.opened import ModelText
 from octavo.engine.text.template import TemplateError
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.server.client import EngineClient, Generation
+from octavo.server.metrics import Metrics
+from octavo.server.observe import current
 from octavo.server.protocol.chat import ChatCompletionRequest
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.protocol.errors import ApiError, bad_request, unavailable
 from octavo.server.protocol.sampling import GenerationRequest
 from octavo.server.protocol.structured import form_error
 from octavo.server.settings import ServerSettings
+from octavo.server.siblings import Siblings
 
+LONGEST_TIMEOUT = 864_000  # seconds
 LONG_TEXT = 8192  # characters; beyond, a thread tokenizes, so that the streams of others go on
 _ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
 T = TypeVar("T")
@@ -71,6 +75,20 @@ class Frontend:
         self.started = int(time.time())
         self.generation_config = text.generation_config
         self.chats = text.template is not None
+        self.siblings = Siblings(
+            client.figures,
+            client.folder,
+            client.number,
+            settings.api_server_count,
+            lambda: client.open_requests,
+        )
+        self.metrics = Metrics(
+            self.names[0],
+            stats=lambda: client.stats,
+            ready=lambda: client.ready,
+            snapshots=self.siblings.everybody,
+            config=config,
+        )
         self._text = text
         self.grammars = Checker(self._vocabulary, config.grammar_time_limit)
 
@@ -203,10 +221,28 @@ class Frontend:
                 cache_salt=body.cache_salt or "",
                 grammar=self.grammars.check,
                 mask_after=mask_after,
+                timeout=self._timeout(body),
             )
         except ParameterError as error:
             raise bad_request(str(error), error.parameter) from None
-        return self.client.submit(request, prompt.token_ids)
+        generation = self.client.submit(request, prompt.token_ids)
+        record = current()
+        if record is not None:
+            record.id = record.id or request_id
+            record.generations.append(generation)
+        return generation
+
+    def _timeout(self, body: GenerationRequest) -> float:
+        """Seconds that the request may take; 0 is no limit."""
+        if body.timeout is None:
+            return self.settings.request_timeout
+        if not 0 < body.timeout <= LONGEST_TIMEOUT:
+            raise bad_request(
+                f"`timeout` must be above 0 and at most {LONGEST_TIMEOUT:,} seconds, "
+                f"got {body.timeout:g}",
+                "timeout",
+            )
+        return body.timeout
 
     def _truncated(self, token_ids: list[int], body: GenerationRequest) -> list[int]:
         """The last `truncate_prompt_tokens`; -1 is as many as the context takes."""
