@@ -29,6 +29,16 @@ class Abort(msgspec.Struct, tag="abort", array_like=True):
     handles: list[int]
 
 
+class EncodeRequest(msgspec.Struct, tag="encode", array_like=True, omit_defaults=True):
+    """One text, or a pair of texts as one, that a model which only reads turns into a vector."""
+
+    handle: int  # chosen by the client, never reused while alive
+    request_id: str
+    prompt: bytes  # i32[n]
+    second: int = 0  # where the second text of a pair begins; 0: there is one text
+    arrival: float = 0.0  # seconds, time.monotonic of the host
+
+
 class Finish(msgspec.Struct, array_like=True):
     """The end of one sequence."""
 
@@ -55,6 +65,13 @@ class Logprobs(msgspec.Struct, array_like=True):
     tokens: bytes  # i32[1 + k]: the token itself, then the k likeliest
     logprobs: bytes  # f32[1 + k]
     rank: int  # of the token itself, 1 is the likeliest
+
+
+class Encoded(msgspec.Struct, array_like=True):
+    """What a text became. Its Finish is in the same message."""
+
+    handle: int
+    vector: bytes  # f32[Pooler.size], not normalized; of a classifier the numbers of its labels
 
 
 class Stats(msgspec.Struct, array_like=True):
@@ -88,6 +105,17 @@ class Output(msgspec.Struct, tag="output", array_like=True, omit_defaults=True):
     finished: list[Finish] = []  # their last tokens are in `tokens` of this same message
     logprobs: list[Logprobs] = []
     stats: Stats | None = None
+    encoded: list[Encoded] = []
+
+
+class Pooler(msgspec.Struct, array_like=True):
+    """What an engine that only reads gives for a text."""
+
+    task: str  # "embed": an embedding; "score": the numbers of a classifier's labels
+    size: int  # numbers in a vector
+    normalize: bool = True  # embeddings are meant to have length 1
+    dimensions: list[int] = []  # lengths that embeddings may be cut to; none is any
+    activation: str = "sigmoid"  # what a score goes through: "sigmoid" | "identity"
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True):
@@ -101,6 +129,7 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     max_num_batched_tokens: int
     summary: list[str]  # the start-up lines
     startup_seconds: float
+    pooler: Pooler | None = None  # None: the engine generates
 
 
 class Dead(msgspec.Struct, tag="dead", array_like=True):
@@ -109,5 +138,5 @@ class Dead(msgspec.Struct, tag="dead", array_like=True):
     message: str
 
 
-ToEngine = AddRequest | Abort
+ToEngine = AddRequest | Abort | EncodeRequest
 FromEngine = Output | Ready | Dead

@@ -1,6 +1,6 @@
 """BERT and RoBERTa: encoders, which read a text in both directions and generate nothing.
 
-tokens -> word + position + type -> norm -> L x ( attention -> + -> norm -> mlp -> + -> norm ) -> [N, E]
+tokens -> word + position + type -> norm -> L x ( attention -> + -> norm -> mlp -> + -> norm )
 
 A classifier (BertForSequenceClassification) reads the hidden state of the first token through one
 more layer; scoring a pair of texts is a classifier with one label.
@@ -125,7 +125,9 @@ def _norm(at: str) -> Norm:
 
 def _classifier(config: ModelConfig) -> Classifier:
     roberta = "roberta" in config.architecture.lower()
-    names = ("classifier.dense", "classifier.out_proj") if roberta else ("pooler.dense", "classifier")
+    names = (
+        ("classifier.dense", "classifier.out_proj") if roberta else ("pooler.dense", "classifier")
+    )
     dense, out = names
     return Classifier(
         dense=linear("E e", dense, bias=True),  # both sizes are E, and still it is turned round

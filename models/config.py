@@ -151,7 +151,12 @@ class ModelConfig:
         group = self.H // self.K
         own = {"V": self.V, "E": self.E, "H": self.H, "K": self.K, "D": self.D, "F": self.F}
         own |= {"X": self.X, "f": self.expert_F, "G": group, "J": group + 2}
-        read = {"e": self.E, "C": self.labels, "Y": self.token_types, "P": self.max_len + self.first_position}
+        read = {
+            "e": self.E,
+            "C": self.labels,
+            "Y": self.token_types,
+            "P": self.max_len + self.first_position,
+        }
         return own | read
 
     @classmethod
@@ -236,7 +241,7 @@ def _parse(family: str, architecture: str, raw: Mapping[str, Any]) -> ModelConfi
         max_len=max_len,
         rope=rope,
         local_rope=local_rope,
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        tied=bool(raw.get("tie_word_embeddings", False)) or architecture.endswith("Model"),
         windows=_windows(family, architecture, raw, L),
         activation=_activation(raw),
         qkv_bias=bias or family == "qwen2",

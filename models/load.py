@@ -22,7 +22,13 @@ Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
 HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
 HARMLESS_BEGINNINGS = ("model.vision_tower.", "model.multi_modal_projector.")
 # An encoder's: what fills gaps in a text, buffers, and the pooler where no classifier reads it.
-BERT_EXTRAS = ("cls.", "lm_head.", "pooler.", "embeddings.position_ids", "embeddings.token_type_ids")
+BERT_EXTRAS = (
+    "cls.",
+    "lm_head.",
+    "pooler.",
+    "embeddings.position_ids",
+    "embeddings.token_type_ids",
+)
 
 
 class LoadError(ValueError):
