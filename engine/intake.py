@@ -89,9 +89,6 @@ class Intake:
         unserved = {
             "structured_outputs": sampling.structured_outputs,
             "thinking_token_budget": sampling.thinking_token_budget,
-            "prompt_logprob_token_ids": sampling.prompt_logprob_token_ids,
-            "prompt_logprob_start": sampling.prompt_logprob_start,
-            "logprob_token_ids": sampling.logprob_token_ids,
         }
         for name, value in unserved.items():
             if value is not None:
@@ -109,6 +106,8 @@ class Intake:
         ids = {
             "allowed_token_ids": sampling.allowed_token_ids or (),
             "logit_bias": sampling.logit_bias or (),
+            "logprob_token_ids": sampling.logprob_token_ids or (),
+            "prompt_logprob_token_ids": sampling.prompt_logprob_token_ids or (),
             "stop_token_ids": sampling.stop_token_ids,
             "bad_words": [i for word in request.bad_words for i in word],
         }

@@ -62,9 +62,10 @@ class Logprobs(msgspec.Struct, array_like=True):
 
     handle: int
     position: int  # of the token the distribution is over; a prompt's row when below its length
-    tokens: bytes  # i32[1 + k]: the token itself, then the k likeliest
-    logprobs: bytes  # f32[1 + k]
+    tokens: bytes  # i32[1 + k + named]: the token itself, the k likeliest, those asked for by id
+    logprobs: bytes  # f32[1 + k + named]
     rank: int  # of the token itself, 1 is the likeliest
+    named: int = 0
 
 
 class Encoded(msgspec.Struct, array_like=True):

@@ -22,7 +22,8 @@ from octavo.engine import step
 from octavo.engine.compiles import WATCH
 from octavo.engine.host import Limits
 from octavo.engine.masks import mask_words
-from octavo.engine.plan import plan_size
+from octavo.engine.plan import CHUNKS, plan_size
+from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from octavo.engine.state import EngineState, empty_pages, empty_slots
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -111,12 +112,12 @@ class Programs:
             passed = jax.eval_shape(forwards[rows, tokens], *arguments)[1]
             if tokens and tokens not in self.score:
                 hidden = passed.chunk_hidden
-                targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+                targets = jax.ShapeDtypeStruct((1, 2, tokens), jnp.int32)
+                named = jax.ShapeDtypeStruct((1, CHUNKS, MAX_LOGPROB_TOKEN_IDS), jnp.int32)
                 function = _score(machine, self._most_logprobs())
                 place = self._put(self.score, tokens)
-                jobs.append(
-                    (f"score {tokens} tokens", place, function, (head, hidden, targets), ())
-                )
+                scored = (head, hidden, targets, named)
+                jobs.append((f"score {tokens} tokens", place, function, scored, ()))
             elif not tokens:
                 jobs += self._sample_jobs(head, state.slots, passed, rows)
         return jobs
@@ -126,12 +127,13 @@ class Programs:
         machine = self.machine
         rows_only = replace(passed, chunk_hidden=None)
         mask = jax.ShapeDtypeStruct((1, rows, mask_words(machine.dims.vocab)), jnp.uint32)
+        named = jax.ShapeDtypeStruct((1, rows, MAX_LOGPROB_TOKEN_IDS), jnp.int32)
         rich = _rich(machine, self._most_logprobs())
         plain = (head, slots, rows_only)
         return [
             (f"greedy {rows} rows", self._put(self.greedy, rows), _greedy(machine), plain, (1,)),
             (f"sample {rows} rows", self._put(self.sample, rows), _sample(machine), plain, (1,)),
-            (f"rich {rows} rows", self._put(self.rich, rows), rich, (*plain, mask), (1,)),
+            (f"rich {rows} rows", self._put(self.rich, rows), rich, (*plain, mask, named), (1,)),
         ]
 
     def _most_logprobs(self) -> int:
@@ -197,18 +199,16 @@ def _sample(machine: step.Machine) -> Any:
 
 
 def _rich(machine: step.Machine, logprobs: int) -> Any:
-    def rich(head: Any, slots: Any, passed: Any, mask: jax.Array) -> Any:
-        return as_shard(
-            step.sample(
-                machine, head, one_shard(slots), one_shard(passed), mask[0], logprobs=logprobs
-            )
-        )
+    def rich(head: Any, slots: Any, passed: Any, mask: jax.Array, named: jax.Array) -> Any:
+        rows = (one_shard(slots), one_shard(passed), mask[0], named[0])
+        return as_shard(step.sample(machine, head, *rows, logprobs=logprobs))
 
     return rich
 
 
 def _score(machine: step.Machine, logprobs: int) -> Any:
-    def score(head: Any, hidden: jax.Array, targets: jax.Array) -> Any:
-        return as_shard(step.score(machine, head, hidden[0], targets[0], logprobs=logprobs))
+    def score(head: Any, hidden: jax.Array, targets: jax.Array, named: jax.Array) -> Any:
+        parts = (hidden[0], targets[0], named[0])
+        return as_shard(step.score(machine, head, *parts, logprobs=logprobs))
 
     return score

@@ -39,13 +39,14 @@ class Sequence:
     phase: Phase = Phase.WAITING
     slot: int = -1
     started: bool = False  # its Start was sent
-    retried: bool = False  # a step failed while it ran, and it began again
+    failed_at: int = -1  # tokens known when a step last failed while it ran
     prompt_scored: int = 1  # prompt positions whose log probabilities were sent; the first has none
     hashes: list[bytes] = field(default_factory=list)
     root: bytes = b""  # the name of the empty prefix
     deadline: float = 0.0
 
     def __post_init__(self) -> None:
+        self.prompt_scored = max(1, self.request.sampling.prompt_logprob_start or 0)
         self.root = seed_hash(self.request.cache_salt, 0, self.kv_dtype)
 
     @property
@@ -63,12 +64,15 @@ class Sequence:
     @property
     def wants_logprobs(self) -> bool:
         """Log probabilities beside each output token."""
-        return self.request.sampling.logprobs is not None
+        sampling = self.request.sampling
+        return sampling.logprobs is not None or bool(sampling.logprob_token_ids)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Log probabilities of the prompt's own tokens."""
-        return self.request.sampling.prompt_logprobs is not None and self.choice == 0
+        sampling = self.request.sampling
+        wanted = sampling.prompt_logprobs is not None or bool(sampling.prompt_logprob_token_ids)
+        return wanted and self.choice == 0
 
     @property
     def masked(self) -> bool:

@@ -6,6 +6,7 @@ import msgspec
 
 from octavo.engine.sampling_params import (
     ParameterError,
+    RepetitionDetectionParams,
     RequestOutputKind,
     SamplingParams,
     default_fields,
@@ -76,7 +77,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     guided_grammar: Any = None
     prompt_embeds: Any = None
     thinking_token_budget: int | None = None
-    repetition_detection: Any = None
+    repetition_detection: RepetitionDetectionParams | None = None
     use_beam_search: bool | None = None
     kv_transfer_params: Any = None
 
@@ -86,7 +87,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         "include_stop_str_in_output", "ignore_eos", "prompt_logprobs", "prompt_logprob_token_ids",
         "prompt_logprob_start", "logprob_token_ids", "logit_bias", "allowed_token_ids", "bad_words",
         "skip_special_tokens", "spaces_between_special_tokens", "detokenize", "stream_interval",
-        "skip_reading_prefix_cache", "watermarking",
+        "skip_reading_prefix_cache", "watermarking", "repetition_detection",
     )  # fmt: skip
 
     def check(self) -> None:
@@ -97,7 +98,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         for field in ("structured_outputs", *(f"guided_{k}" for k in _GUIDED)):
             if getattr(self, field) is not None:
                 raise not_yet(field, "leave it out and check the text yourself")
-        for field in ("prompt_embeds", "repetition_detection", "kv_transfer_params"):
+        for field in ("prompt_embeds", "kv_transfer_params"):
             if getattr(self, field):
                 raise not_yet(field, "leave it out")
         if self.thinking_token_budget is not None:

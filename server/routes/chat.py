@@ -40,10 +40,11 @@ async def create(request: Request) -> Response:
 
 
 def _logprobs(body: ChatCompletionRequest, delta: Delta) -> ChoiceLogprobs | None:
-    if not body.logprobs or not delta.logprobs:
+    if not delta.logprobs:
         return None
     as_ids = bool(body.return_tokens_as_token_ids)
-    return chat_logprobs(delta.token_ids, delta.logprobs, body.top_logprobs or 0, as_ids)
+    top = -1 if body.logprob_token_ids else body.top_logprobs or 0
+    return chat_logprobs(delta.token_ids, delta.logprobs, top, as_ids)
 
 
 def _whole(
