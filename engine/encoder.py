@@ -63,13 +63,13 @@ class EncoderCore:
 
     # --- requests
 
-    def add(self, request: EncodeRequest) -> None:
-        """Queue a text. Raises ValueError for one that cannot be read."""
+    def add(self, request: EncodeRequest, *, bounded: bool = True) -> None:
+        """Queue a text; not `bounded`, however many wait. ValueError for one that is too long."""
         ids = np.frombuffer(request.prompt, "<i4")
         longest = self.encoder.sizes.max_model_len
         if not 0 < len(ids) <= longest:
             raise ValueError(f"a text needs 1 to {longest:,} tokens here, got {len(ids):,}")
-        if len(self._waiting) >= self.config.max_num_queued_reqs:
+        if bounded and len(self._waiting) >= self.config.max_num_queued_reqs:
             limit = self.config.max_num_queued_reqs
             self._refuse(request.handle, f"{limit:,} texts wait already: try again later", 503)
             return
@@ -203,6 +203,11 @@ class EncoderCore:
             f"ready    in {self.startup_seconds:.1f} s (weights {self.encoder.load_seconds:.1f} s, "
             f"programs {self.compile_seconds:.1f} s)",
         ]
+
+    @property
+    def params(self) -> Any:
+        """The weights, on the device."""
+        return self.encoder.params
 
     def drain(self) -> list[Output]:
         """Turn until nothing is left to do."""

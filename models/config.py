@@ -7,7 +7,7 @@ and with the architecture names that GGUF files use.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -166,8 +166,11 @@ class ModelConfig:
         _refuse_quantized(config)
         raw = {k: v for k, v in config.items() if v is not None}
         raw |= {k: v for k, v in (config.get("text_config") or {}).items() if v is not None}
-        parse = _parse_bert if family == "bert" else _parse
-        return parse(family, architecture, DEFAULTS[family] | raw)
+        raw = DEFAULTS[family] | raw
+        parsed = _parse(family, architecture, raw)
+        if family != "bert":
+            return parsed
+        return replace(parsed, **_encoder_fields(architecture, raw, parsed.max_len))
 
 
 def _family(config: Mapping[str, Any]) -> tuple[str, str]:
@@ -180,7 +183,8 @@ def _family(config: Mapping[str, Any]) -> tuple[str, str]:
             return family, name
         if name:
             break  # model_type alone says too little of an architecture we do not know
-    supported = ", ".join(n for n in FAMILY_OF if n.endswith("Generation") or n.endswith("LM"))
+    shown = ("Generation", "CausalLM", "BertModel", "RobertaModel")
+    supported = ", ".join(n for n in FAMILY_OF if n.endswith(shown))
     raise ModelConfigError(
         f"unknown model architecture {names[0] or '(none named)'!r}; supported are {supported}"
     )
@@ -237,7 +241,7 @@ def _parse(family: str, architecture: str, raw: Mapping[str, Any]) -> ModelConfi
         K=K,
         D=D,
         F=_number(raw, "intermediate_size", raw.get("moe_intermediate_size")),
-        eps=float(raw["rms_norm_eps"]),
+        eps=float(raw["layer_norm_eps" if family == "bert" else "rms_norm_eps"]),
         max_len=max_len,
         rope=rope,
         local_rope=local_rope,
@@ -258,38 +262,17 @@ def _parse(family: str, architecture: str, raw: Mapping[str, Any]) -> ModelConfi
     )
 
 
-def _parse_bert(family: str, architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
-    """Encoders with learned positions; those of RoBERTa begin after the padding token's id."""
+def _encoder_fields(architecture: str, raw: Mapping[str, Any], max_len: int) -> dict[str, Any]:
+    """Of encoders with learned positions; RoBERTa's begin after the padding token's id."""
     kind = raw.get("position_embedding_type", "absolute")
-    if kind != "absolute":
-        raise ModelConfigError(f"unknown position_embedding_type {kind!r}; supported is 'absolute'")
-    if raw.get("is_decoder"):
-        raise ModelConfigError("config.json says is_decoder, and BERT is supported as encoder only")
-    H, E = _number(raw, "num_attention_heads"), _number(raw, "hidden_size")
-    rows, L = _number(raw, "max_position_embeddings"), _number(raw, "num_hidden_layers")
-    roberta = "roberta" in architecture.lower()
-    first = int(raw["pad_token_id"]) + 1 if roberta else 0
-    return ModelConfig(
-        family=family,
-        architecture=architecture,
-        V=_number(raw, "vocab_size"),
-        E=E,
-        L=L,
-        H=H,
-        K=H,
-        D=E // H,
-        F=_number(raw, "intermediate_size"),
-        eps=float(raw["layer_norm_eps"]),
-        max_len=rows - first,
-        rope=RopeConfig(),
-        tied=True,
-        windows=(0,) * L,
-        activation=_activation(raw),
-        query_scale=(E // H) ** -0.5,
-        labels=_labels(architecture, raw),
-        token_types=_number(raw, "type_vocab_size"),
-        first_position=first,
-    )
+    if kind != "absolute" or raw.get("is_decoder"):
+        raise ModelConfigError(
+            f"config.json says position_embedding_type {kind!r} and is_decoder "
+            f"{bool(raw.get('is_decoder'))}; this family is supported with 'absolute' and False"
+        )
+    first = int(raw["pad_token_id"]) + 1 if "roberta" in architecture.lower() else 0
+    types = _number(raw, "type_vocab_size")
+    return {"max_len": max_len - first, "first_position": first, "token_types": types, "tied": True}
 
 
 def _labels(architecture: str, raw: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from octavo.engine.messages import EncodeRequest, Pooler, Ready
 from octavo.engine.sampling_params import ParameterError
 from octavo.engine.text.opened import ModelText
+from octavo.engine.text.tokenizer import Tokenizer
 
 TRUNCATE = "truncate_prompt_tokens"
 
@@ -74,7 +75,7 @@ class Texts:
         except ValueError as error:
             raise ParameterError(TRUNCATE, str(error)) from None
 
-    def _tokenizer(self):  # type: ignore[no-untyped-def]
+    def _tokenizer(self) -> Tokenizer:
         if self.text.tokenizer is None:
             raise ParameterError(
                 self.field, f"must be token ids, not text: {self.text.no_template}"

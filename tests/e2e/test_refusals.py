@@ -17,7 +17,8 @@ from tests.models.tiny import make_tiny
 
 FAMILIES = (
     "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Gemma3ForCausalLM, "
-    "Gemma3ForConditionalGeneration, Phi3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM"
+    "Gemma3ForConditionalGeneration, Phi3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM, "
+    "BertModel, RobertaModel, XLMRobertaModel"
 )
 
 
