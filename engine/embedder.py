@@ -118,4 +118,4 @@ def plain(prompt: Prompt) -> str | Sequence[int]:
     found = prompt.get("prompt_token_ids") or prompt.get("prompt")
     if found is None:
         raise ValueError('a prompt needs "prompt" (text) or "prompt_token_ids" (a list)')
-    return found  # type: ignore[no-any-return]
+    return found

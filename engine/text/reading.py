@@ -62,7 +62,7 @@ class Texts:
         tokenizer = self._tokenizer()
         ids = tokenizer.encode(prompt, add_special_tokens=special)
         if limit is not None and len(ids) > limit:
-            ids = self._within(prompt, None, limit).ids if special else ids[:limit]
+            return self._within(prompt, None, limit) if special else Text(ids[:limit])
         return self._checked(Text(ids))
 
     def pair(self, first: str, second: str) -> Text:

@@ -62,8 +62,7 @@ def test_a_model_that_generates_reads_when_asked_to(tiny: Path) -> None:
     with LLM(str(tiny), load_format="dummy", quiet=True, max_num_seqs=2) as llm:
         with pytest.raises(ValueError, match='runner="pooling"'):
             llm.embed("a")
-    settings = {"load_format": "dummy", "quiet": True, "runner": "pooling"}
-    with LLM(str(tiny), **settings) as llm:
+    with LLM(str(tiny), load_format="dummy", quiet=True, runner="pooling") as llm:
         rows = llm.encode([[5, 6, 7], [5, 6, 7, 8], [9, 7]])
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
         with pytest.raises(ValueError, match="has the token 999"):
