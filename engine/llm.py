@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from octavo.engine.assemble import open_model
-from octavo.engine.config import EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.embedder import Embedder
 from octavo.engine.progress import Bar, startup_progress
@@ -160,9 +160,9 @@ class LLM:
         if self._closed:
             raise RuntimeError("this LLM was closed; make a new one")
         if self._core is None:
-            raise ValueError(
-                f"the model `{self.config.model}` reads texts and generates none: use embed, "
-                'encode or score, or LLM(..., runner="generate") where it can'
+            raise ConfigError(
+                f"the model `{self.config.model}` reads texts and generates none",
+                "use embed, encode or score; or the runner `generate`, where the model can",
             )
 
     def _run(
@@ -247,9 +247,9 @@ class LLM:
         if self._closed:
             raise RuntimeError("this LLM was closed; make a new one")
         if self._embedder is None:
-            raise ValueError(
-                f"the model `{self.config.model}` generates text here: "
-                'LLM(..., runner="pooling") reads with it'
+            raise ConfigError(
+                f"the model `{self.config.model}` generates text here, and gives no embeddings",
+                'LLM(..., runner="pooling") reads with it',
             )
         return self._embedder
 

@@ -13,6 +13,7 @@ PROGRAMS = {
     "startup": "how long until ready, with a cold and a warm compilation cache",
     "host": "what a step costs the host, with a model that computes nothing",
     "gpu": "the engine alone on an accelerator: random weights of a real shape, four workloads",
+    "embed": "how many texts per second a reading model embeds, and torch beside it",
     "llamacpp": "SmolLM2 beside llama.cpp, in turns, on this machine",
 }
 
