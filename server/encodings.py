@@ -44,16 +44,16 @@ class Encodings:
         try:
             for handle, text in zip(handles, texts, strict=True):
                 self._waiting[handle] = body
-                self._client.metrics.prompt_tokens.observe(len(text.ids))
+                self._read(len(text.ids))
                 self._client.send(text.request(handle, request_id, arrival))
             await body.done
         finally:
             left = [handle for handle in handles if self._waiting.pop(handle, None)]
             self._client.release(handles)
             if left and self._client.last_words is None:
-                self._client.metrics.finished["abort"] += len(left)
+                self._ended("abort", len(left))
                 self._client.send(Abort(left))
-        self._client.metrics.whole.observe(time.monotonic() - arrival)
+        self._took(time.monotonic() - arrival)
         return [vector for vector in body.vectors if vector is not None]
 
     def take(self, output: Output) -> None:
@@ -63,7 +63,7 @@ class Encodings:
             if body is not None:
                 body.vectors[encoded.handle - body.first] = encoded.vector
                 body.left -= 1
-                self._client.metrics.finished["stop"] += 1
+                self._ended("stop", 1)
                 if not body.left and not body.done.done():
                     body.done.set_result(None)
         if self._waiting:
@@ -71,7 +71,7 @@ class Encodings:
                 body = self._waiting.get(finish.handle)
                 if finish.reason == "error" and body is not None:
                     del self._waiting[finish.handle]
-                    self._client.metrics.finished["error"] += 1
+                    self._ended("error", 1)
                     self._fail(body, ApiError(finish.status, finish.message))
 
     def fail_all(self, error: ApiError) -> None:
@@ -90,9 +90,23 @@ class Encodings:
                 "(--max-num-queued-reqs): send fewer at once"
             )
         if len(self._waiting) + count > self._max_queued:
-            self._client.metrics.refused["queue_full"] += 1
+            self._refused()
             raise unavailable(
                 f"{len(self._waiting):,} texts wait already, and {count:,} more are above the "
                 f"limit of {self._max_queued:,} (--max-num-queued-reqs): try again later",
                 RETRY_AFTER,
             )
+
+    # --- what /metrics says of it
+
+    def _read(self, tokens: int) -> None:
+        self._client.metrics.prompt_tokens.observe(tokens)
+
+    def _ended(self, reason: str, count: int) -> None:
+        self._client.metrics.finished[reason] += count
+
+    def _refused(self) -> None:
+        self._client.metrics.refused["queue_full"] += 1
+
+    def _took(self, seconds: float) -> None:
+        self._client.metrics.whole.observe(seconds)

@@ -55,6 +55,6 @@ def test_texts_see_themselves_and_nothing_else(causal, window, softcap, blocks, 
     )
     assert bool(jnp.isfinite(got).all())  # padding too
     for place in places:
-        wide = [x[place].astype(np.float64) for x in (q, k, v)]
-        want = alone(*wide, causal, window, 0.3, softcap)
+        one, keys, values = (x[place].astype(np.float64) for x in (q, k, v))
+        want = alone(one, keys, values, causal, window, 0.3, softcap)
         np.testing.assert_allclose(got[place], want, atol=TOLERANCE)
