@@ -21,9 +21,11 @@ from octavo.engine.text.tokenizer import Tokenizer
 from octavo.server.client import EngineClient, Generation
 from octavo.server.metrics import Metrics
 from octavo.server.observe import current
+from octavo.server.pooling import Pooling
 from octavo.server.protocol.chat import ChatCompletionRequest
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.protocol.errors import ApiError, bad_request, unavailable
+from octavo.server.protocol.pooling import ReadingRequest
 from octavo.server.protocol.sampling import GenerationRequest
 from octavo.server.protocol.structured import form_error
 from octavo.server.settings import ServerSettings
@@ -51,7 +53,9 @@ class RequestId:
     created: int  # seconds since 1970
 
     @classmethod
-    def of(cls, request: Request, body: GenerationRequest, kind: str) -> "RequestId":
+    def of(
+        cls, request: Request, body: GenerationRequest | ReadingRequest, kind: str
+    ) -> "RequestId":
         """`kind`-name, the name from the body, the X-Request-Id header or chance."""
         if body.request_id is not None and not _ID.fullmatch(body.request_id):
             raise bad_request(
@@ -89,6 +93,7 @@ class Frontend:
             snapshots=self.siblings.everybody,
             config=config,
         )
+        self.pooling = Pooling(text, client)
         self._text = text
         self.grammars = Checker(self._vocabulary, config.grammar_time_limit)
 
@@ -139,6 +144,7 @@ class Frontend:
 
     async def chat_prompt(self, body: ChatCompletionRequest) -> Prompt:
         """The conversation rendered with the model's template, and tokenized."""
+        self._must_generate()
         template = self._text.template
         if template is None:
             raise bad_request(self._text.no_template, "messages")
@@ -167,6 +173,7 @@ class Frontend:
 
     async def completion_prompt(self, prompt: str | list[int], body: CompletionRequest) -> Prompt:
         """A prompt of /v1/completions, as token ids."""
+        self._must_generate()
         if isinstance(prompt, list):
             for token in prompt:
                 self._check_token(token, "prompt")
@@ -243,6 +250,18 @@ class Frontend:
                 "timeout",
             )
         return body.timeout
+
+    def _must_generate(self) -> None:
+        """ApiError 400 where the engine only reads."""
+        ready = self.client.ready
+        if ready is not None and ready.pooler is not None:
+            gives = "embeddings" if ready.pooler.task == "embed" else "scores"
+            path = "/v1/embeddings" if ready.pooler.task == "embed" else "/v1/score"
+            raise bad_request(
+                f"the model `{self.names[0]}` gives {gives} and generates no text: ask {path}, or "
+                "serve a model that generates",
+                "model",
+            )
 
     def _truncated(self, token_ids: list[int], body: GenerationRequest) -> list[int]:
         """The last `truncate_prompt_tokens`; -1 is as many as the context takes."""
