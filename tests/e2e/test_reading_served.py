@@ -33,15 +33,10 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path,
     need(MODEL)
     folder = tmp_path_factory.mktemp("judge")
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        num_hidden_layers=1,
-        hidden_size=32,
-        num_attention_heads=4,
-        intermediate_size=48,
-        num_labels=1,
-        initializer_range=0.3,
-    )
-    theirs = transformers.BertForSequenceClassification(config).eval()
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_labels": 1}
+    sizes |= {"num_attention_heads": 4}
+    config: Any = transformers.BertConfig(**sizes, initializer_range=0.3)  # type: ignore[arg-type]
+    theirs: Any = transformers.BertForSequenceClassification(config).eval()
     theirs.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((locate(MODEL) / name).read_bytes())
@@ -101,7 +96,7 @@ async def test_every_client_gets_its_own_vectors(shared: Server) -> None:
     texts = [TEXT, *OTHERS]
     want = np.array([[1.0, *GOLDEN["cosine"].values()]] * 12)
 
-    async def ask(i: int) -> list[float]:
+    async def ask(i: int) -> float:
         body = {"input": [TEXT, texts[i % 3]], "encoding_format": "float"}
         async with httpx.AsyncClient(base_url=shared.url, timeout=60) as client:  # a connection
             data = (await client.post("/v1/embeddings", json=body)).json()["data"]
