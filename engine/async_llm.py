@@ -15,7 +15,11 @@ from octavo.engine.messages import Output
 from octavo.engine.progress import startup_progress
 from octavo.engine.requests import Prompt, Requests
 from octavo.engine.runner import choose_runner
-from octavo.engine.sampling_params import RequestOutputKind, SamplingParams
+from octavo.engine.sampling_params import (
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from octavo.engine.text.opened import Message, open_text
 from octavo.engine.text.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from octavo.engine.text.reading import Texts, check_dimensions, embedding, pooler_for
@@ -71,6 +75,8 @@ class AsyncLLM:
         self._begin()
         if self._ready.pooler is not None:
             raise ValueError(f"the model `{self.config.model}` reads and generates none: use embed")
+        if sampling_params is not None and sampling_params.structured_outputs is not None:
+            await self.check(sampling_params.structured_outputs)
         request = self._requests.prepare(
             prompt, sampling_params, request_id=request_id, priority=priority
         )
@@ -106,6 +112,13 @@ class AsyncLLM:
             if output.finished:
                 return output
         raise RuntimeError("the request ended without an answer")
+
+    async def check(self, form: StructuredOutputsParams) -> None:
+        """Compile a schema or grammar ahead of its use. Raises ParameterError with what is wrong.
+
+        `generate` does this by itself; once checked, the same form costs nothing there.
+        """
+        await self._requests.grammars.acheck(form)
 
     async def embed(
         self,
@@ -202,6 +215,7 @@ class AsyncLLM:
             self._closed = True
             self._inbox.put(None)
             self._thread.join()
+            self._requests.grammars.close()
             self._core.close()
 
     async def __aenter__(self) -> Self:

@@ -288,7 +288,11 @@ class LLM:
         """Free the device memory; twice is no error."""
         if not self._closed:
             self._closed = True
-            (self._embedder.core if self._embedder else self.core).close()
+            if self._embedder is None:
+                self._requests.grammars.close()
+                self.core.close()
+            else:
+                self._embedder.core.close()
 
     def __enter__(self) -> Self:
         return self

@@ -100,13 +100,13 @@ class Encodings:
     # --- what /metrics says of it
 
     def _read(self, tokens: int) -> None:
-        self._client.metrics.prompt_tokens.observe(tokens)
+        self._client.figures.histograms["vllm:request_prompt_tokens"].observe(tokens)
 
     def _ended(self, reason: str, count: int) -> None:
-        self._client.metrics.finished[reason] += count
+        self._client.figures.finished[(reason,)] += count
 
     def _refused(self) -> None:
-        self._client.metrics.refused["queue_full"] += 1
+        self._client.figures.refused[("queue_full",)] += 1
 
     def _took(self, seconds: float) -> None:
-        self._client.metrics.whole.observe(seconds)
+        self._client.figures.histograms["vllm:e2e_request_latency_seconds"].observe(seconds)
