@@ -87,3 +87,13 @@ def cache_folder(folder: str) -> Path | None:
         )
         return None
     return path
+
+
+def use_cache(folder: str) -> Path | None:
+    """Let jax keep what it compiles in `folder`: for what has no store of its own."""
+    path = cache_folder(folder)
+    if path is not None and not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 
 from octavo.engine import step
 from octavo.engine.compiles import WATCH
+from octavo.engine.grammar.guide import mask_words
 from octavo.engine.host import Limits
-from octavo.engine.masks import mask_words
 from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from octavo.engine.state import EngineState, empty_pages, empty_slots
@@ -83,6 +83,7 @@ class Programs:
     forward: dict[tuple[int, int], Any] = field(default_factory=dict)
     greedy: dict[int, Any] = field(default_factory=dict)
     sample: dict[int, Any] = field(default_factory=dict)
+    masked: dict[int, Any] = field(default_factory=dict)
     rich: dict[int, Any] = field(default_factory=dict)
     score: dict[int, Any] = field(default_factory=dict)
     several: dict[tuple[int, bool], Any] = field(default_factory=dict)  # by (R, greedy)
@@ -211,6 +212,7 @@ class Programs:
             for name, where, function, arguments in (
                 ("greedy", self.greedy, _greedy(machine), plain),
                 ("sample", self.sample, _sample(machine), plain),
+                ("masked", self.masked, _masked(machine), (*plain, mask)),
                 ("rich", self.rich, rich, (*plain, mask, named)),
             )
         ]
@@ -232,6 +234,7 @@ class Programs:
             *self.forward.values(),
             *self.greedy.values(),
             *self.sample.values(),
+            *self.masked.values(),
             *self.rich.values(),
         ]
         every += [*self.score.values(), *self.several.values()]
@@ -297,6 +300,14 @@ def _sample(machine: step.Machine) -> Any:
         return as_shard((after, packed))
 
     return sample
+
+
+def _masked(machine: step.Machine) -> Any:
+    def masked(head: Any, slots: Any, passed: Any, mask: jax.Array) -> Any:
+        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed), mask[0])
+        return as_shard((after, packed))
+
+    return masked
 
 
 def _several(machine: step.Machine, rows: int, steps: int, greedy: bool) -> Any:

@@ -29,7 +29,9 @@ def extend(host: Host, launch: Launch | None) -> None:
 
 def _may(host: Host, launch: Launch) -> bool:
     """Whether the step is plain decoding, and nobody waits who could begin with the next plan."""
-    if launch.rows not in host.limits.several_rows or launch.tokens or launch.rich:
+    if launch.rows not in host.limits.several_rows or launch.tokens:
+        return False
+    if launch.rich or launch.masked:
         return False
     if host.prefilling or host.stopping:
         return False
