@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from octavo.engine import step
 from octavo.engine.assemble import Parts, cache_maker, limits_of
@@ -22,8 +23,10 @@ from tests.engine.tiny import LLAMA, make_parts
 def without_the_cache_of_jax() -> Iterator[None]:
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it asks the setting once
     yield
     jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
