@@ -35,6 +35,8 @@ from octavo.pallas_kernels.attention.reference import KV
 ROWS = 64  # tokens of one mixer: the M of a wgmma
 MIXERS = 2
 BLOCK = MIXERS * ROWS
+SLICE = 64  # columns of a swizzled tile: 128 bytes
+PROGRAMS = 132  # multiprocessors of an H100; each keeps one program from beginning to end
 
 
 def writes_through_references() -> bool:
@@ -67,13 +69,14 @@ def _transposed(ref):
 class _Static:
     """What the kernel's parts share and what is known when it is built."""
 
-    G: int
+    H: int
     K: int
     S: int
     D: int
     tile: int
     run: int  # tokens of a tile that one copy brings
     stages: int
+    programs: int
     window: int
     scale: float
     softcap: float
@@ -83,43 +86,62 @@ class _Static:
     def pieces(self) -> int:
         return self.tile // self.run
 
+    @property
+    def slices(self) -> int:
+        return self.D // SLICE
+
+
+class _Shared(NamedTuple):
+    """Shared memory and barriers of a program."""
+
+    q_views: Any  # [MIXERS, D / SLICE, ROWS, SLICE], for the mixers and for the copy engine
+    y_tiles: Any  # [MIXERS, ROWS, D]
+    k_tiles: Any  # [stages, tile, D]
+    v_tiles: Any
+    q_arrived: Any  # one a mixer
+    k_arrived: Any  # one a stage
+    v_arrived: Any
+    q_freed: Any
+    k_freed: Any
+    v_freed: Any
+    turn: Any  # one a mixer: it may multiply
+
 
 class _Walk(NamedTuple):
-    """One block: its tokens, and the keys it walks over."""
+    """One block and head: its tokens, and the keys it walks over, from the last tile to the first."""
 
-    token: jax.Array  # the first, a multiple of 8
-    size: jax.Array  # tokens; 0 marks an unused entry
+    token: jax.Array  # the first
+    size: jax.Array  # tokens
     position: jax.Array  # of the first token
-    lead: jax.Array  # tokens at the beginning that are not the chunk's
     row: jax.Array  # of the table
+    head: jax.Array  # of the queries
     end: jax.Array  # keys seen
     first: jax.Array  # tile of keys
-    last: jax.Array  # tile of keys, not seen any more
+    last: jax.Array  # tile of keys, not seen any more; equal to first for padding
 
 
-def _walk(c: _Static, plan_ref, entry):
-    """Read the block's entry, and find the tiles of keys it sees."""
-    token, size, position, slot, lead = (plan_ref[entry, i] for i in range(5))
+def _walk(c: _Static, plan_ref, turn):
+    """The block and head of this program's `turn`, and the tiles of keys they see."""
+    item = lax.axis_index("program") + turn * c.programs
+    entry = lax.div(item, jnp.int32(c.H))
+    token, size, position, slot = (plan_ref[entry, i] for i in range(4))
     end = jnp.where(slot < 0, 0, position + size)
     low = jnp.maximum(position + 1 - c.window, 0) if c.window else jnp.int32(0)
     first, last = lax.div(low, jnp.int32(c.tile)), lax.div(end + (c.tile - 1), jnp.int32(c.tile))
     first = jnp.minimum(first, last)
-    return _Walk(token, size, position, lead, jnp.maximum(slot, 0), end, first, last)
+    return _Walk(token, size, position, jnp.maximum(slot, 0), item - entry * c.H, end, first, last)
 
 
-def _fetch(c: _Static, walk, head, table_ref, k_pages, v_pages, k_tiles, v_tiles, arrived, freed):
-    """The memory warpgroup: keep `stages` tiles on their way to the mixers."""
-    row, end, first, last = walk.row, walk.end, walk.first, walk.last
-    kv_head = lax.div(head, jnp.int32(c.G))
-    k_arrived, v_arrived = arrived
-    k_freed, v_freed = freed
+def _fetch(c: _Static, m: _Shared, walk, done, q_ref, table_ref, k_pages, v_pages):
+    """The memory warpgroup's part of one block: keep tiles on their way to the mixers."""
+    kv_head = lax.div(walk.head, jnp.int32(c.H // c.K))
 
-    def pages(i):
-        """Where the pages of tile i begin among the [P * K * S, D] rows; past the end, the last."""
+    def pages(tile):
+        """Where the tile's pages begin among the [P * K * S, D] rows; past the end, the last."""
         for piece in range(c.pieces):
-            at = jnp.minimum(i * c.tile + piece * c.run, end - 1)
-            page = table_ref[row, lax.shift_right_logical(at, jnp.int32(log2(c.S)))]
-            offset = (i * c.tile) & (c.S - 1) if c.S > c.tile else 0
+            at = jnp.minimum(tile * c.tile + piece * c.run, walk.end - 1)
+            page = table_ref[walk.row, lax.shift_right_logical(at, jnp.int32(log2(c.S)))]
+            offset = (tile * c.tile) & (c.S - 1) if c.S > c.tile else 0
             yield piece * c.run, (page * c.K + kv_head) * c.S + offset
 
     def copy(source, tiles, barriers, stage, places):
@@ -130,144 +152,215 @@ def _fetch(c: _Static, walk, head, table_ref, k_pages, v_pages, k_tiles, v_tiles
                 barriers.at[stage],
             )
 
-    @pl.loop(0, last - first)
-    def _(i):
-        stage = lax.rem(i, jnp.int32(c.stages))
-        places = list(pages(first + i))
+    @pl.loop(0, walk.last - walk.first)
+    def _(n):
+        stage = lax.rem(done + n, jnp.int32(c.stages))
+        places = list(pages(walk.last - 1 - n))
+        plgpu.barrier_wait(m.k_freed.at[stage])
+        copy(k_pages, m.k_tiles, m.k_arrived, stage, places)
 
-        @pl.when(i >= c.stages)
+        @pl.when(n == 0)
         def _():
-            plgpu.barrier_wait(k_freed.at[stage])
+            plgpu.barrier_wait(m.q_freed)
+            for mixer in range(MIXERS):
+                for i in range(c.slices):
+                    tokens = pl.ds(walk.token + mixer * ROWS, ROWS)
+                    plgpu.copy_gmem_to_smem(
+                        q_ref.at[tokens, walk.head, pl.ds(i * SLICE, SLICE)],
+                        m.q_views[1].at[mixer, i],
+                        m.q_arrived.at[mixer],
+                    )
 
-        copy(k_pages, k_tiles, k_arrived, stage, places)
-
-        @pl.when(i >= c.stages)
-        def _():
-            plgpu.barrier_wait(v_freed.at[stage])
-
-        copy(v_pages, v_tiles, v_arrived, stage, places)
+        plgpu.barrier_wait(m.v_freed.at[stage])
+        copy(v_pages, m.v_tiles, m.v_arrived, stage, places)
 
 
-def _mix(c: _Static, walk, mine, q_tile, k_tiles, v_tiles, arrived, freed, turn):
+def _softmax(c: _Static, x, seen, top, total):
+    """Go on with an online softmax: logits f32[ROWS, tile], the mask or None, maxima, sums.
+
+    Returns the weights, the new maxima, the new sums, and what to shrink older results by. The
+    sums are f32[ROWS, 8], one for each column a thread holds: they are joined at the end.
+    """
+    unit = c.scale * LOG2E
+    if seen is not None or c.softcap:
+        x, unit = cap(x * unit, c.softcap), 1.0
+    if seen is not None:  # scaled before: NOTHING times a unit, fused, is not NOTHING minus itself
+        x = jnp.where(seen, x, NOTHING)
+    peak = jnp.maximum(top, x.max(axis=1) * unit)
+    shrink = jnp.exp2(top - peak)
+    p = jnp.exp2(x * unit - lax.broadcast_in_dim(peak, x.shape, [0]))
+    total *= lax.broadcast_in_dim(shrink, total.shape, [0])
+    total += functools.reduce(lax.add, [p[:, i : i + 8] for i in range(0, c.tile, 8)])
+    return p, peak, total, shrink
+
+
+def _mix(c: _Static, m: _Shared, walk, done, mine):
     """One mixer: the online softmax over all tiles. Returns its results, f32[ROWS, D]."""
-    size, position, first, last = walk.size, walk.position, walk.first, walk.last
-    at = position + mine * ROWS
-    k_arrived, v_arrived = arrived
-    k_freed, v_freed = freed
+    at, count = walk.position + mine * ROWS, walk.last - walk.first
+    q_tile, layout = m.q_views[0].at[mine], plgpu.Layout.WGMMA
 
-    def meet():
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
-
-    def seen(tile):
-        shape, layout = (ROWS, c.tile), plgpu.Layout.WGMMA
-        t = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + at
-        j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout) + tile * c.tile
+    def seen(n):
+        shape, tile = (ROWS, c.tile), walk.last - 1 - n
+        t = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + (at - tile * c.tile)
+        j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
         return (t >= j) & (j > t - c.window) if c.window else t >= j
 
-    def step(tile, carry, masked):
-        acc, top, total = carry
-        stage = lax.rem(tile - first, jnp.int32(c.stages))
-        plgpu.barrier_wait(k_arrived.at[stage])
+    def stage(n):
+        return lax.rem(done + n, jnp.int32(c.stages))
 
-        def product(x_ref):
-            plgpu.wgmma(x_ref, q_tile, _transposed(k_tiles.at[stage]))
-            meet()  # the other mixer may multiply now
-            return x_ref[...]
+    def wait(n):
+        plgpu.barrier_wait(m.k_arrived.at[stage(n)])
+        plgpu.barrier_wait(m.turn.at[mine])
 
-        x = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, c.tile), jnp.float32))
-        plgpu.barrier_arrive(k_freed.at[stage])
-        unit = c.scale * LOG2E
-        if masked or c.softcap:
-            x, unit = cap(x * unit, c.softcap), 1.0
-        if masked:  # scaled before: NOTHING times a unit, fused, would not be NOTHING minus itself
-            x = jnp.where(seen(tile), x, NOTHING)
-        peak = jnp.maximum(top, x.max(axis=1) * unit)
-        shrink = jnp.exp2(top - peak)
-        p = jnp.exp2(x * unit - lax.broadcast_in_dim(peak, x.shape, [0]))
-        acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
-        total = total * shrink + p.sum(axis=1)
-        p = p.astype(c.dtype)
-        acc, total, peak, p = lax.optimization_barrier((acc, total, peak, p))
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(v_arrived.at[stage])
-        plgpu.barrier_wait(turn)
+    def multiply_keys(x_ref, n):
+        for i in range(c.slices):
+            keys = m.k_tiles.at[stage(n), :, pl.ds(i * SLICE, SLICE)]
+            plgpu.wgmma(x_ref, q_tile.at[i], _transposed(keys))
 
-        def add(acc_ref):
-            plgpu.wgmma(acc_ref, p, v_tiles.at[stage])
+    def begin(x_ref):
+        multiply_keys(x_ref, 0)
+        plgpu.barrier_arrive(m.turn.at[1 - mine])
+        return x_ref[...]
 
-        acc = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(acc))
-        plgpu.barrier_arrive(v_freed.at[stage])
-        return acc, peak, total
+    def step(n, carry, masked):
+        """The values of the tile before, and meanwhile the logits and softmax of tile n."""
+        acc, p, top, total = carry
+        wait(n)
 
-    row = plgpu.Layout.WGMMA.reduce(1)
-    carry = (
-        plgpu.layout_cast(jnp.zeros((ROWS, c.D), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), row),
-        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
-    )
-    pl.when(mine == 1)(meet)  # mixer 1 runs half a step behind
-    whole = jnp.clip(lax.div(position + 1, jnp.int32(c.tile)), first, last)
-    masked, plain = functools.partial(step, masked=True), functools.partial(step, masked=False)
-    begin = first
+        def run(x_ref):  # made first: its zeros must not come between the products
+            init = plgpu.WGMMAAccumulatorRef.init(acc)
+            after = plgpu.layout_cast(jnp.zeros(p.shape, jnp.float32), layout)
+            state = (init, after, carry[2], carry[3], carry[2])
+            return pl.run_state(functools.partial(both, x_ref))(state)
+
+        def both(x_ref, refs):
+            acc_ref, after_ref, top_ref, total_ref, shrink_ref = refs
+            multiply_keys(x_ref, n)
+            plgpu.wgmma(acc_ref, p, m.v_tiles.at[stage(n - 1)])
+            plgpu.barrier_arrive(m.turn.at[1 - mine])
+            x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
+            plgpu.barrier_arrive(m.k_freed.at[stage(n)])
+            after = _softmax(c, x, seen(n) if masked else None, top_ref[...], total_ref[...])
+            after = lax.optimization_barrier(after)
+            plgpu.barrier_wait(m.v_arrived.at[stage(n)])  # here it keeps the softmax before it
+            after_ref[...], top_ref[...], total_ref[...], shrink_ref[...] = after
+
+        accumulator = plgpu.WGMMAAccumulatorRef((ROWS, c.tile), jnp.float32)
+        new, after, top, total, shrink = pl.run_scoped(run, accumulator)
+        # The products read p until here: only now may the next weights take its registers.
+        new, after, shrink = lax.optimization_barrier((new, after, shrink))
+        plgpu.barrier_arrive(m.v_freed.at[stage(n - 1)])
+        new *= lax.broadcast_in_dim(shrink, acc.shape, [0])
+        return new, after.astype(c.dtype), top, total
+
+    def finish(acc_ref, p):
+        plgpu.wgmma(acc_ref, p, m.v_tiles.at[stage(count - 1)])
+
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, c.D), jnp.float32), layout)
+    top = plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), layout.reduce(1))
+    total = plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), layout)
+    plgpu.barrier_wait(m.q_arrived.at[mine])
+    wait(0)
+    x = pl.run_scoped(begin, plgpu.WGMMAAccumulatorRef((ROWS, c.tile), jnp.float32))
+    plgpu.barrier_arrive(m.k_freed.at[stage(0)])
+    p, top, total, _ = _softmax(c, x, seen(0), top, total)
+    plgpu.barrier_wait(m.v_arrived.at[stage(0)])
+    whole = lax.div(at + 1, jnp.int32(c.tile))  # tiles before it lie under the diagonal
+    plain = jnp.clip(walk.last - whole, 1, count)
+    edge = count
     if c.window:
-        edge = lax.div(jnp.maximum(position + size - c.window, 0) + c.tile - 1, jnp.int32(c.tile))
-        begin = jnp.clip(edge, first, last)
-        whole = jnp.maximum(whole, begin)
-        carry = lax.fori_loop(first, begin, masked, carry)
-    carry = lax.fori_loop(begin, whole, plain, carry)
-    acc, _, total = lax.fori_loop(whole, last, masked, carry)
-    pl.when(mine == 0)(meet)
-    return acc / lax.broadcast_in_dim(jnp.maximum(total, 1e-30), acc.shape, [0])
+        low = lax.div(jnp.maximum(at + ROWS - c.window, 0) + c.tile - 1, jnp.int32(c.tile))
+        edge = jnp.clip(walk.last - low, plain, count)
+    carry = (acc, p.astype(c.dtype), top, total)
+    carry = lax.fori_loop(1, plain, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(plain, edge, functools.partial(step, masked=False), carry)
+    if c.window:
+        carry = lax.fori_loop(edge, count, functools.partial(step, masked=True), carry)
+    acc, p, _, total = carry
+    plgpu.barrier_arrive(m.q_freed)
+    acc = pl.run_state(functools.partial(finish, p=p))(plgpu.WGMMAAccumulatorRef.init(acc))
+    plgpu.barrier_arrive(m.v_freed.at[stage(count - 1)])
+    total = 1 / jnp.maximum(total.sum(axis=1), 1e-30)
+    return acc * lax.broadcast_in_dim(total, acc.shape, [0])
 
 
-def _store(c: _Static, y, walk, mine, head, y_tile, y_ref):
+def _store(c: _Static, y, walk, mine, y_tile, y_ref):
     """Write the rows that are tokens of this block: as few copies as their number has bits."""
+    plgpu.wait_smem_to_gmem(0)  # the block before has left y_tile
     y_tile[...] = y.astype(c.dtype)
     plgpu.commit_smem()
-    low = jnp.clip(walk.lead - mine * ROWS, 0, ROWS)
-    count = jnp.clip(walk.size - mine * ROWS, 0, ROWS) - low
+    count = jnp.clip(walk.size - mine * ROWS, 0, ROWS)
     for bit in range(log2(ROWS), -1, -1):
         length = 1 << bit
 
         @pl.when(count & length != 0)
         def _(length=length):
-            begin = low + (count & -2 * length)  # after what the larger copies took
+            begin = count & -2 * length  # after what the larger copies took
             where = walk.token + mine * ROWS + begin
             plgpu.copy_smem_to_gmem(
-                y_tile.at[pl.ds(begin, length)], y_ref.at[pl.ds(where, length), head]
+                y_tile.at[pl.ds(begin, length)], y_ref.at[pl.ds(where, length), walk.head]
             )
 
-    plgpu.wait_smem_to_gmem(0)
 
-
-def _kernel(c: _Static, plan_ref, table_ref, q_ref, k_pages, v_pages, y_ref, *scratch):
-    (q_tiles, y_tiles), k_tiles, v_tiles, q_arrived, k_arrived, v_arrived, *rest = scratch
-    k_freed, v_freed, turn = rest
-    head, entry, mine = (lax.axis_index(name) for name in ("head", "entry", "warpgroup"))
-    walk = _walk(c, plan_ref, entry)
-    arrived, freed = (k_arrived, v_arrived), (k_freed, v_freed)
+def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, y_ref, *scratch):
+    m = _Shared(*scratch)
+    mine = lax.axis_index("warpgroup")
+    items = used_ref[0] * c.H - lax.axis_index("program")
+    turns = lax.div(items + (c.programs - 1), jnp.int32(c.programs))
 
     @pl.when(mine < MIXERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
+        plgpu.barrier_arrive(m.q_freed)
+        for stage in range(c.stages):
+            plgpu.barrier_arrive(m.k_freed.at[stage])
+            plgpu.barrier_arrive(m.v_freed.at[stage])
+        pl.when(mine == 1)(lambda: plgpu.barrier_arrive(m.turn.at[0]))
 
-        @pl.when(walk.size > 0)
-        def _():
-            q_tile = q_tiles.at[mine]
-            source = q_ref.at[pl.ds(walk.token + mine * ROWS, ROWS), head]
-            plgpu.copy_gmem_to_smem(source, q_tile, q_arrived.at[mine])
-            plgpu.barrier_wait(q_arrived.at[mine])
-            y = _mix(c, walk, mine, q_tile, k_tiles, v_tiles, arrived, freed, turn)
-            _store(c, y, walk, mine, head, y_tiles.at[mine], y_ref)
+        def work(turn, done):
+            walk = _walk(c, plan_ref, turn)
+            y_tile = m.y_tiles.at[mine]
+
+            @pl.when(walk.last > walk.first)
+            def _():
+                _store(c, _mix(c, m, walk, done, mine), walk, mine, y_tile, y_ref)
+
+            @pl.when(walk.last <= walk.first)
+            def _():
+                zeros = plgpu.layout_cast(jnp.zeros((ROWS, c.D)), plgpu.Layout.WGMMA)
+                _store(c, zeros, walk, mine, y_tile, y_ref)
+
+            return done + (walk.last - walk.first)
+
+        lax.fori_loop(0, turns, work, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
 
     @pl.when(mine == MIXERS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
 
-        @pl.when(walk.size > 0)
-        def _():
-            _fetch(c, walk, head, table_ref, k_pages, v_pages, k_tiles, v_tiles, arrived, freed)
+        def work(turn, done):
+            walk = _walk(c, plan_ref, turn)
+            _fetch(c, m, walk, done, q_ref, table_ref, k_pages, v_pages)
+            return done + (walk.last - walk.first)
+
+        lax.fori_loop(0, turns, work, jnp.int32(0))
+
+
+def longest_first(plan: jax.Array, tile: int, window: int) -> tuple[jax.Array, jax.Array]:
+    """The plan's entries by the keys they see, unused ones last; and how many are used, i32[1]."""
+    _, size, position, slot = plan.T
+    keys = jnp.where(slot < 0, 0, position + size)
+    if window:
+        keys = jnp.minimum(keys, window + size)
+    keys = jnp.where(size > 0, keys, -1)
+    entry = jnp.arange(keys.shape[0])
+    before = (keys[None, :] > keys[:, None]) | (
+        (keys[None, :] == keys[:, None]) & (entry[None, :] < entry[:, None])
+    )
+    rank = jnp.sum(before, axis=1)
+    order = jnp.sum(jnp.where(rank[None, :] == entry[:, None], entry[None, :], 0), axis=1)
+    return plan[order], jnp.sum(size > 0, dtype=jnp.int32)[None]
 
 
 def prefill_hopper(
@@ -290,31 +383,40 @@ def prefill_hopper(
     """
     (N, H, D), (P, K, S, _) = q.shape, cache.k.shape
     base = batch.table.shape[0] * batch.tokens_per_row
-    plan = plan_prefill(batch, N - base, BLOCK, base=base, align=8)
+    plan, used = longest_first(plan_prefill(batch, N - base, BLOCK, base=base), tile, window)
     c = _Static(
-        G=H // K, K=K, S=S, D=D, tile=tile, run=min(S, tile), stages=stages, window=window,
-        scale=scale, softcap=softcap, dtype=q.dtype,
+        H=H, K=K, S=S, D=D, tile=tile, run=min(S, tile), stages=stages,
+        programs=min(PROGRAMS, plan.shape[0] * H), window=window, scale=scale, softcap=softcap,
+        dtype=q.dtype,
     )  # fmt: skip
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiled = (plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(128))
+    # One place in two forms: the copy engine counts the rows of a tiled form in tiles of 8.
+    q_views = [
+        plgpu.SMEM((MIXERS, c.slices, ROWS, SLICE), q.dtype, transforms=transforms)
+        for transforms in (tiled, tiled[1:])
+    ]
     pages = plgpu.SMEM((stages, tile, D), q.dtype, transforms=tiled)
     arrived = plgpu.Barrier(num_arrivals=c.pieces, num_barriers=stages)
     freed = plgpu.Barrier(num_arrivals=MIXERS, num_barriers=stages)
-    if N % 8:  # the copy engine counts rows in tiles of 8
-        q = jnp.pad(q, ((0, -N % 8), (0, 0), (0, 0)))
     y_ref = jax.new_ref(y)
     plgpu.kernel(
         functools.partial(_kernel, c),
         out_type=(),
-        scratch_types=(
-            plgpu.RefUnion(  # a mixer is done with its queries when it has its results
-                plgpu.SMEM((MIXERS, ROWS, D), q.dtype, transforms=tiled),
-                plgpu.SMEM((MIXERS, ROWS, D), q.dtype),
-            ),
-            pages, pages, plgpu.Barrier(num_barriers=MIXERS), arrived, arrived, freed, freed,
-            plgpu.Barrier(num_arrivals=MIXERS),
+        scratch_types=_Shared(
+            q_views=plgpu.RefUnion(*q_views),
+            y_tiles=plgpu.SMEM((MIXERS, ROWS, D), q.dtype),
+            k_tiles=pages,
+            v_tiles=pages,
+            q_arrived=plgpu.Barrier(num_arrivals=c.slices, num_barriers=MIXERS),
+            k_arrived=arrived,
+            v_arrived=arrived,
+            q_freed=plgpu.Barrier(num_arrivals=MIXERS),
+            k_freed=freed,
+            v_freed=freed,
+            turn=plgpu.Barrier(num_barriers=MIXERS),
         ),
-        grid=(H, plan.shape[0]),
-        grid_names=("head", "entry"),
+        grid=(c.programs,),
+        grid_names=("program",),
         num_threads=MIXERS + 1,
         thread_name="warpgroup",
         kernel_name="paged_prefill_hopper",
@@ -323,6 +425,7 @@ def prefill_hopper(
         ),
         interpret=interpret,
     )(
-        plan, batch.table, q, cache.k.reshape(P * K * S, D), cache.v.reshape(P * K * S, D), y_ref
+        plan, used, batch.table, q, cache.k.reshape(P * K * S, D), cache.v.reshape(P * K * S, D),
+        y_ref,
     )  # fmt: skip
     return jax.freeze(y_ref)
