@@ -35,6 +35,7 @@ from octavo.pallas_kernels.attention.reference import KV
 ROWS = 64  # tokens of one mixer: the M of a wgmma
 MIXERS = 2
 BLOCK = MIXERS * ROWS
+EIGHT = 8  # columns of a wgmma's accumulator that a quad of threads holds together
 SLICE = 64  # columns of a swizzled tile: 128 bytes
 PROGRAMS = 132  # multiprocessors of an H100; each keeps one program from beginning to end
 
@@ -94,30 +95,32 @@ class _Static:
 class _Shared(NamedTuple):
     """Shared memory and barriers of a program."""
 
-    q_views: Any  # [MIXERS, D / SLICE, ROWS, SLICE], for the mixers and for the copy engine
+    q_views: Any  # [2, MIXERS, D / SLICE, ROWS, SLICE], for the mixers and for the copy engine
     y_tiles: Any  # [MIXERS, ROWS, D]
     k_tiles: Any  # [stages, tile, D]
     v_tiles: Any
-    q_arrived: Any  # one a mixer
-    k_arrived: Any  # one a stage
+    q_arrived: Any  # [2 * MIXERS]
+    k_arrived: Any  # [stages]
     v_arrived: Any
-    q_freed: Any
+    q_freed: Any  # [2]
     k_freed: Any
     v_freed: Any
-    turn: Any  # one a mixer: it may multiply
+    turn: Any  # [MIXERS] the mixer may multiply
 
 
 class _Walk(NamedTuple):
-    """One block and head: its tokens, and the keys it walks over, from the last tile to the first."""
+    """One block and head: its tokens, and the keys it walks over, from the last tile to the first.
+
+    Padding walks over one tile, like any block, and its results are multiplied by zero.
+    """
 
     token: jax.Array  # the first
     size: jax.Array  # tokens
     position: jax.Array  # of the first token
-    row: jax.Array  # of the table
+    slot: jax.Array  # -1 for padding
     head: jax.Array  # of the queries
-    end: jax.Array  # keys seen
     first: jax.Array  # tile of keys
-    last: jax.Array  # tile of keys, not seen any more; equal to first for padding
+    last: jax.Array  # tile of keys, not seen any more
 
 
 def _walk(c: _Static, plan_ref, turn):
@@ -125,22 +128,22 @@ def _walk(c: _Static, plan_ref, turn):
     item = lax.axis_index("program") + turn * c.programs
     entry = lax.div(item, jnp.int32(c.H))
     token, size, position, slot = (plan_ref[entry, i] for i in range(4))
-    end = jnp.where(slot < 0, 0, position + size)
     low = jnp.maximum(position + 1 - c.window, 0) if c.window else jnp.int32(0)
-    first, last = lax.div(low, jnp.int32(c.tile)), lax.div(end + (c.tile - 1), jnp.int32(c.tile))
-    first = jnp.minimum(first, last)
-    return _Walk(token, size, position, jnp.maximum(slot, 0), item - entry * c.H, end, first, last)
+    first = jnp.where(slot < 0, 0, lax.div(low, jnp.int32(c.tile)))
+    last = jnp.where(slot < 0, 1, lax.div(position + size + (c.tile - 1), jnp.int32(c.tile)))
+    return _Walk(token, size, position, slot, item - entry * c.H, first, last)
 
 
-def _fetch(c: _Static, m: _Shared, walk, done, q_ref, table_ref, k_pages, v_pages):
+def _fetch(c: _Static, m: _Shared, walk, turn, done, count, q_ref, table_ref, k_pages, v_pages):
     """The memory warpgroup's part of one block: keep tiles on their way to the mixers."""
-    kv_head = lax.div(walk.head, jnp.int32(c.H // c.K))
+    kv_head, row = lax.div(walk.head, jnp.int32(c.H // c.K)), jnp.maximum(walk.slot, 0)
+    end = jnp.where(walk.slot < 0, 1, walk.position + walk.size)
 
     def pages(tile):
         """Where the tile's pages begin among the [P * K * S, D] rows; past the end, the last."""
         for piece in range(c.pieces):
-            at = jnp.minimum(tile * c.tile + piece * c.run, walk.end - 1)
-            page = table_ref[walk.row, lax.shift_right_logical(at, jnp.int32(log2(c.S)))]
+            at = jnp.minimum(tile * c.tile + piece * c.run, end - 1)
+            page = table_ref[row, lax.shift_right_logical(at, jnp.int32(log2(c.S)))]
             offset = (tile * c.tile) & (c.S - 1) if c.S > c.tile else 0
             yield piece * c.run, (page * c.K + kv_head) * c.S + offset
 
@@ -152,136 +155,171 @@ def _fetch(c: _Static, m: _Shared, walk, done, q_ref, table_ref, k_pages, v_page
                 barriers.at[stage],
             )
 
-    @pl.loop(0, walk.last - walk.first)
+    def copy_queries():
+        half = turn & 1
+        plgpu.barrier_wait(m.q_freed.at[half])
+        for mixer in range(MIXERS):
+            for i in range(c.slices):
+                tokens = pl.ds(walk.token + mixer * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[tokens, walk.head, pl.ds(i * SLICE, SLICE)],
+                    m.q_views[1].at[half, mixer, i],
+                    m.q_arrived.at[half * MIXERS + mixer],
+                )
+
+    @pl.loop(0, count)
     def _(n):
         stage = lax.rem(done + n, jnp.int32(c.stages))
         places = list(pages(walk.last - 1 - n))
         plgpu.barrier_wait(m.k_freed.at[stage])
         copy(k_pages, m.k_tiles, m.k_arrived, stage, places)
-
-        @pl.when(n == 0)
-        def _():
-            plgpu.barrier_wait(m.q_freed)
-            for mixer in range(MIXERS):
-                for i in range(c.slices):
-                    tokens = pl.ds(walk.token + mixer * ROWS, ROWS)
-                    plgpu.copy_gmem_to_smem(
-                        q_ref.at[tokens, walk.head, pl.ds(i * SLICE, SLICE)],
-                        m.q_views[1].at[mixer, i],
-                        m.q_arrived.at[mixer],
-                    )
-
+        pl.when(n == 0)(copy_queries)
         plgpu.barrier_wait(m.v_freed.at[stage])
         copy(v_pages, m.v_tiles, m.v_arrived, stage, places)
 
 
-def _softmax(c: _Static, x, seen, top, total):
-    """Go on with an online softmax: logits f32[ROWS, tile], the mask or None, maxima, sums.
+def _softmax(c: _Static, x, ahead, top, total):
+    """Go on with an online softmax: logits f32[ROWS, tile], maxima, sums; `ahead`: see _mask, or None.
 
     Returns the weights, the new maxima, the new sums, and what to shrink older results by. The
-    sums are f32[ROWS, 8], one for each column a thread holds: they are joined at the end.
+    sums are f32[ROWS, 8], one for every eighth column: they are joined at the end.
     """
     unit = c.scale * LOG2E
-    if seen is not None or c.softcap:
+    if ahead is not None or c.softcap:
         x, unit = cap(x * unit, c.softcap), 1.0
-    if seen is not None:  # scaled before: NOTHING times a unit, fused, is not NOTHING minus itself
-        x = jnp.where(seen, x, NOTHING)
+    if ahead is not None:  # scaled before: NOTHING times a unit, fused, is not NOTHING minus itself
+        x = _mask(c, x, ahead)
     peak = jnp.maximum(top, x.max(axis=1) * unit)
     shrink = jnp.exp2(top - peak)
     p = jnp.exp2(x * unit - lax.broadcast_in_dim(peak, x.shape, [0]))
     total *= lax.broadcast_in_dim(shrink, total.shape, [0])
-    total += functools.reduce(lax.add, [p[:, i : i + 8] for i in range(0, c.tile, 8)])
+    total += functools.reduce(lax.add, [p[:, i : i + EIGHT] for i in range(0, c.tile, EIGHT)])
     return p, peak, total, shrink
 
 
-def _mix(c: _Static, m: _Shared, walk, done, mine):
-    """One mixer: the online softmax over all tiles. Returns its results, f32[ROWS, D]."""
-    at, count = walk.position + mine * ROWS, walk.last - walk.first
-    q_tile, layout = m.q_views[0].at[mine], plgpu.Layout.WGMMA
+def _ahead(c: _Static, walk, mine, n):
+    """How far the mixer's first token lies ahead of the first key of the walk's tile n."""
+    return walk.position + mine * ROWS - (walk.last - 1 - n) * c.tile
 
-    def seen(n):
-        shape, tile = (ROWS, c.tile), walk.last - 1 - n
-        t = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + (at - tile * c.tile)
-        j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-        return (t >= j) & (j > t - c.window) if c.window else t >= j
 
-    def stage(n):
-        return lax.rem(done + n, jnp.int32(c.stages))
+def _mask(c: _Static, x, ahead):
+    """Hide the keys that a token does not see: x f32[ROWS, tile].
 
-    def wait(n):
-        plgpu.barrier_wait(m.k_arrived.at[stage(n)])
-        plgpu.barrier_wait(m.turn.at[mine])
+    By eight columns, those a thread holds two of: their ages differ by a constant.
+    """
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, EIGHT))
+    age = iota(0, layout=plgpu.Layout.WGMMA) - iota(1, layout=plgpu.Layout.WGMMA) + ahead
+    parts = []
+    for i in range(0, c.tile, EIGHT):
+        seen = (age >= i) & (age < i + c.window) if c.window else age >= i
+        parts.append(jnp.where(seen, x[:, i : i + EIGHT], NOTHING))
+    return lax.concatenate(parts, 1)
 
-    def multiply_keys(x_ref, n):
-        for i in range(c.slices):
-            keys = m.k_tiles.at[stage(n), :, pl.ds(i * SLICE, SLICE)]
-            plgpu.wgmma(x_ref, q_tile.at[i], _transposed(keys))
 
-    def begin(x_ref):
-        multiply_keys(x_ref, 0)
+class _Softmax(NamedTuple):
+    """Of the tile whose values come next."""
+
+    p: jax.Array  # [ROWS, tile] weights, in the dtype of the cache
+    top: jax.Array  # f32[ROWS]
+    total: jax.Array  # f32[ROWS, 8]
+
+
+def _fresh(c: _Static):
+    """Maxima and sums of nothing."""
+    layout = plgpu.Layout.WGMMA
+    top = plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), layout.reduce(1))
+    return top, plgpu.layout_cast(jnp.zeros((ROWS, EIGHT), jnp.float32), layout)
+
+
+def _multiply_keys(c: _Static, m: _Shared, x_ref, half, mine, stage):
+    for i in range(c.slices):
+        keys = m.k_tiles.at[stage, :, pl.ds(i * SLICE, SLICE)]
+        plgpu.wgmma(x_ref, m.q_views[0].at[half, mine, i], _transposed(keys))
+
+
+def _begin(c: _Static, m: _Shared, mine, walk) -> _Softmax:
+    """The logits and softmax of the first block's first tile."""
+
+    def run(x_ref):
+        _multiply_keys(c, m, x_ref, 0, mine, 0)
         plgpu.barrier_arrive(m.turn.at[1 - mine])
         return x_ref[...]
 
-    def step(n, carry, masked):
-        """The values of the tile before, and meanwhile the logits and softmax of tile n."""
-        acc, p, top, total = carry
-        wait(n)
-
-        def run(x_ref):  # made first: its zeros must not come between the products
-            init = plgpu.WGMMAAccumulatorRef.init(acc)
-            after = plgpu.layout_cast(jnp.zeros(p.shape, jnp.float32), layout)
-            state = (init, after, carry[2], carry[3], carry[2])
-            return pl.run_state(functools.partial(both, x_ref))(state)
-
-        def both(x_ref, refs):
-            acc_ref, after_ref, top_ref, total_ref, shrink_ref = refs
-            multiply_keys(x_ref, n)
-            plgpu.wgmma(acc_ref, p, m.v_tiles.at[stage(n - 1)])
-            plgpu.barrier_arrive(m.turn.at[1 - mine])
-            x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-            plgpu.barrier_arrive(m.k_freed.at[stage(n)])
-            after = _softmax(c, x, seen(n) if masked else None, top_ref[...], total_ref[...])
-            after = lax.optimization_barrier(after)
-            plgpu.barrier_wait(m.v_arrived.at[stage(n)])  # here it keeps the softmax before it
-            after_ref[...], top_ref[...], total_ref[...], shrink_ref[...] = after
-
-        accumulator = plgpu.WGMMAAccumulatorRef((ROWS, c.tile), jnp.float32)
-        new, after, top, total, shrink = pl.run_scoped(run, accumulator)
-        # The products read p until here: only now may the next weights take its registers.
-        new, after, shrink = lax.optimization_barrier((new, after, shrink))
-        plgpu.barrier_arrive(m.v_freed.at[stage(n - 1)])
-        new *= lax.broadcast_in_dim(shrink, acc.shape, [0])
-        return new, after.astype(c.dtype), top, total
-
-    def finish(acc_ref, p):
-        plgpu.wgmma(acc_ref, p, m.v_tiles.at[stage(count - 1)])
-
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, c.D), jnp.float32), layout)
-    top = plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), layout.reduce(1))
-    total = plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), layout)
     plgpu.barrier_wait(m.q_arrived.at[mine])
-    wait(0)
-    x = pl.run_scoped(begin, plgpu.WGMMAAccumulatorRef((ROWS, c.tile), jnp.float32))
-    plgpu.barrier_arrive(m.k_freed.at[stage(0)])
-    p, top, total, _ = _softmax(c, x, seen(0), top, total)
-    plgpu.barrier_wait(m.v_arrived.at[stage(0)])
+    plgpu.barrier_wait(m.k_arrived.at[0])
+    plgpu.barrier_wait(m.turn.at[mine])
+    x = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((ROWS, c.tile), jnp.float32))
+    plgpu.barrier_arrive(m.k_freed.at[0])
+    p, top, total, _ = _softmax(c, x, _ahead(c, walk, mine, 0), *_fresh(c))
+    plgpu.barrier_wait(m.v_arrived.at[0])
+    return _Softmax(p.astype(c.dtype), top, total)
+
+
+def _advance(c: _Static, m: _Shared, mine, acc, p, top, total, half, done, ahead):
+    """Add the values of tile `done` - 1, and meanwhile take the softmax of tile `done`.
+
+    Returns the accumulator, the softmax after `top` and `total`, and what to shrink by.
+    """
+    stage, before = (lax.rem(i, jnp.int32(c.stages)) for i in (done, done - 1))
+    plgpu.barrier_wait(m.k_arrived.at[stage])
+    plgpu.barrier_wait(m.turn.at[mine])
+
+    def run(x_ref):  # made first: its zeros must not come between the products
+        weights = plgpu.layout_cast(jnp.zeros(p.shape, jnp.float32), plgpu.Layout.WGMMA)
+        state = (plgpu.WGMMAAccumulatorRef.init(acc), weights, top, total, top)
+        return pl.run_state(functools.partial(both, x_ref))(state)
+
+    def both(x_ref, refs):
+        acc_ref, *after_refs = refs
+        _multiply_keys(c, m, x_ref, half, mine, stage)
+        plgpu.wgmma(acc_ref, p, m.v_tiles.at[before])
+        plgpu.barrier_arrive(m.turn.at[1 - mine])
+        x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
+        plgpu.barrier_arrive(m.k_freed.at[stage])
+        after = lax.optimization_barrier(_softmax(c, x, ahead, top, total))
+        plgpu.barrier_wait(m.v_arrived.at[stage])  # here it keeps the softmax before the next wait
+        for ref, value in zip(after_refs, after, strict=True):
+            ref[...] = value
+
+    accumulator = plgpu.WGMMAAccumulatorRef((ROWS, c.tile), jnp.float32)
+    after, weights, peak, sums, shrink = pl.run_scoped(run, accumulator)
+    # The products read p until here: only now may the next weights take its registers.
+    after, weights, shrink = lax.optimization_barrier((after, weights, shrink))
+    plgpu.barrier_arrive(m.v_freed.at[before])
+    return after, _Softmax(weights.astype(c.dtype), peak, sums), shrink
+
+
+def _mix(c: _Static, m: _Shared, mine, walk, following, turn, done, soft: _Softmax):
+    """One mixer, one block whose first tile has its softmax: all its values, f32[ROWS, D].
+
+    Goes on until the softmax of the following block's first tile, which it returns too.
+    """
+    at, count, half = walk.position + mine * ROWS, walk.last - walk.first, turn & 1
+
+    def step(n, carry, masked):
+        acc, soft = carry
+        ahead = _ahead(c, walk, mine, n) if masked else None
+        acc, soft, shrink = _advance(c, m, mine, acc, *soft, half, done + n, ahead)
+        return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), soft
+
     whole = lax.div(at + 1, jnp.int32(c.tile))  # tiles before it lie under the diagonal
     plain = jnp.clip(walk.last - whole, 1, count)
     edge = count
     if c.window:
         low = lax.div(jnp.maximum(at + ROWS - c.window, 0) + c.tile - 1, jnp.int32(c.tile))
         edge = jnp.clip(walk.last - low, plain, count)
-    carry = (acc, p.astype(c.dtype), top, total)
-    carry = lax.fori_loop(1, plain, functools.partial(step, masked=True), carry)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, c.D), jnp.float32), plgpu.Layout.WGMMA)
+    carry = lax.fori_loop(1, plain, functools.partial(step, masked=True), (acc, soft))
     carry = lax.fori_loop(plain, edge, functools.partial(step, masked=False), carry)
     if c.window:
         carry = lax.fori_loop(edge, count, functools.partial(step, masked=True), carry)
-    acc, p, _, total = carry
-    plgpu.barrier_arrive(m.q_freed)
-    acc = pl.run_state(functools.partial(finish, p=p))(plgpu.WGMMAAccumulatorRef.init(acc))
-    plgpu.barrier_arrive(m.v_freed.at[stage(count - 1)])
-    total = 1 / jnp.maximum(total.sum(axis=1), 1e-30)
-    return acc * lax.broadcast_in_dim(total, acc.shape, [0])
+    acc, soft = carry
+    plgpu.barrier_arrive(m.q_freed.at[half])
+    plgpu.barrier_wait(m.q_arrived.at[(1 - half) * MIXERS + mine])
+    ahead, total = _ahead(c, following, mine, 0), soft.total
+    acc, soft, _ = _advance(c, m, mine, acc, soft.p, *_fresh(c), 1 - half, done + count, ahead)
+    part = jnp.where(walk.slot < 0, 0.0, 1 / jnp.maximum(total.sum(axis=1), 1e-30))
+    return acc * lax.broadcast_in_dim(part, acc.shape, [0]), soft
 
 
 def _store(c: _Static, y, walk, mine, y_tile, y_ref):
@@ -308,43 +346,39 @@ def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, 
     items = used_ref[0] * c.H - lax.axis_index("program")
     turns = lax.div(items + (c.programs - 1), jnp.int32(c.programs))
 
-    @pl.when(mine < MIXERS)
+    def walk_of(turn):  # after the last block, its first tile once more, for nothing
+        return _walk(c, plan_ref, jnp.minimum(turn, turns - 1))
+
+    @pl.when((mine < MIXERS) & (turns > 0))
     def _():
         plgpu.set_max_registers(232, action="increase")
-        plgpu.barrier_arrive(m.q_freed)
-        for stage in range(c.stages):
-            plgpu.barrier_arrive(m.k_freed.at[stage])
-            plgpu.barrier_arrive(m.v_freed.at[stage])
+        for barriers, n in ((m.q_freed, 2), (m.k_freed, c.stages), (m.v_freed, c.stages)):
+            for i in range(n):
+                plgpu.barrier_arrive(barriers.at[i])
         pl.when(mine == 1)(lambda: plgpu.barrier_arrive(m.turn.at[0]))
 
-        def work(turn, done):
-            walk = _walk(c, plan_ref, turn)
-            y_tile = m.y_tiles.at[mine]
+        def work(turn, carry):
+            done, walk, soft = carry
+            following = walk_of(turn + 1)
+            y, soft = _mix(c, m, mine, walk, following, turn, done, soft)
+            _store(c, y, walk, mine, m.y_tiles.at[mine], y_ref)
+            return done + (walk.last - walk.first), following, soft
 
-            @pl.when(walk.last > walk.first)
-            def _():
-                _store(c, _mix(c, m, walk, done, mine), walk, mine, y_tile, y_ref)
-
-            @pl.when(walk.last <= walk.first)
-            def _():
-                zeros = plgpu.layout_cast(jnp.zeros((ROWS, c.D)), plgpu.Layout.WGMMA)
-                _store(c, zeros, walk, mine, y_tile, y_ref)
-
-            return done + (walk.last - walk.first)
-
-        lax.fori_loop(0, turns, work, jnp.int32(0))
+        walk = walk_of(0)
+        lax.fori_loop(0, turns, work, (jnp.int32(0), walk, _begin(c, m, mine, walk)))
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(mine == MIXERS)
+    @pl.when((mine == MIXERS) & (turns > 0))
     def _():
         plgpu.set_max_registers(40, action="decrease")
 
         def work(turn, done):
-            walk = _walk(c, plan_ref, turn)
-            _fetch(c, m, walk, done, q_ref, table_ref, k_pages, v_pages)
-            return done + (walk.last - walk.first)
+            walk = walk_of(turn)
+            count = jnp.where(turn < turns, walk.last - walk.first, 1)
+            _fetch(c, m, walk, turn, done, count, q_ref, table_ref, k_pages, v_pages)
+            return done + count
 
-        lax.fori_loop(0, turns, work, jnp.int32(0))
+        lax.fori_loop(0, turns + 1, work, jnp.int32(0))
 
 
 def longest_first(plan: jax.Array, tile: int, window: int) -> tuple[jax.Array, jax.Array]:
@@ -392,7 +426,7 @@ def prefill_hopper(
     tiled = (plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(128))
     # One place in two forms: the copy engine counts the rows of a tiled form in tiles of 8.
     q_views = [
-        plgpu.SMEM((MIXERS, c.slices, ROWS, SLICE), q.dtype, transforms=transforms)
+        plgpu.SMEM((2, MIXERS, c.slices, ROWS, SLICE), q.dtype, transforms=transforms)
         for transforms in (tiled, tiled[1:])
     ]
     pages = plgpu.SMEM((stages, tile, D), q.dtype, transforms=tiled)
@@ -407,10 +441,10 @@ def prefill_hopper(
             y_tiles=plgpu.SMEM((MIXERS, ROWS, D), q.dtype),
             k_tiles=pages,
             v_tiles=pages,
-            q_arrived=plgpu.Barrier(num_arrivals=c.slices, num_barriers=MIXERS),
+            q_arrived=plgpu.Barrier(num_arrivals=c.slices, num_barriers=2 * MIXERS),
             k_arrived=arrived,
             v_arrived=arrived,
-            q_freed=plgpu.Barrier(num_arrivals=MIXERS),
+            q_freed=plgpu.Barrier(num_arrivals=MIXERS, num_barriers=2),
             k_freed=freed,
             v_freed=freed,
             turn=plgpu.Barrier(num_barriers=MIXERS),
