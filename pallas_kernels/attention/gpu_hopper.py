@@ -2,17 +2,24 @@
 
     y[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // G]) v[j, h // G]      j <= position of t
 
-The blocks are those of gpu_prefill.py, 128 tokens each, from a multiple of 8, which is how the copy
-engine counts rows. One program per (block, query head), of three warpgroups:
+The blocks are those of gpu_prefill.py, 128 tokens each. Every multiprocessor keeps one program,
+which works on its share of the (block, query head) pairs, those that see most keys first; in each
+it walks from the last tile of keys to the first, so that masks come first. Three warpgroups:
 
     memory   | page ids -> k tile -> v tile | page ids -> k tile -> v tile | ...  stages tiles ahead
-    mixer 0  |  q.k  |  softmax  |  p.v  |  q.k  |  softmax  | ...                tokens 0..63
-    mixer 1          |  q.k  |  softmax  |  p.v  |  q.k  |  softmax  | ...        tokens 64..127
+    mixer 0  | q.k 1, p.v 0 |  softmax 1   | q.k 2, p.v 1 |  softmax 2   | ...    tokens 0..63
+    mixer 1                 | q.k 1, p.v 0 |  softmax 1   | q.k 2, p.v 1 | ...    tokens 64..127
 
-The mixers take turns at the tensor cores: while one computes its softmax the other multiplies. A
-tile of keys is a run of pages, each one copy of [S, D]; where pages are larger, part of one.
+A mixer hands the tensor cores the logits of a tile and the values of the one before together, and
+takes the softmax as soon as the logits are there: while the values are added, and while the other
+mixer has the tensor cores. The two take turns. A block's last values go with the first logits of
+the next block, so that the tensor cores do not rest in between. A tile of keys is a run of pages,
+each one copy of [S, D]; where pages are larger, part of one.
 
-Shared memory per program: (2 * 64 + 2 * stages * tile) * D * 2 bytes; q and y share theirs.
+What the compiler must not disturb: registers that a wgmma in flight reads are written only after
+it (else it makes all of them wait), and a softmax stays before the wait that follows it.
+
+Shared memory per program: (6 * 64 + 2 * stages * tile) * D * 2 bytes.
 """
 
 # mypy: allow-untyped-calls
@@ -123,15 +130,34 @@ class _Walk(NamedTuple):
     last: jax.Array  # tile of keys, not seen any more
 
 
-def _walk(c: _Static, plan_ref, turn):
-    """The block and head of this program's `turn`, and the tiles of keys they see."""
-    item = lax.axis_index("program") + turn * c.programs
+def _turns(c: _Static, used_ref):
+    """How many blocks and heads this program works on."""
+    items = used_ref[0] * c.H
+    whole = lax.div(items, jnp.int32(c.programs))
+    return whole + (_item(c, whole) < items).astype(jnp.int32)
+
+
+def _item(c: _Static, turn):
+    """The block and head of this program's `turn`. Every other turn deals them out backwards."""
+    program = lax.axis_index("program")
+    program = jnp.where(turn & 1 == 1, c.programs - 1 - program, program)
+    return turn * c.programs + program
+
+
+def _load(c: _Static, plan_ref, turn, turns):
+    """What the plan says of a turn; after the last turn, of the last turn again."""
+    item = _item(c, jnp.minimum(turn, turns - 1))
     entry = lax.div(item, jnp.int32(c.H))
-    token, size, position, slot = (plan_ref[entry, i] for i in range(4))
+    return (*(plan_ref[entry, i] for i in range(4)), item - entry * c.H)
+
+
+def _walk(c: _Static, loaded):
+    """The block and head, and the tiles of keys they see."""
+    token, size, position, slot, head = loaded
     low = jnp.maximum(position + 1 - c.window, 0) if c.window else jnp.int32(0)
     first = jnp.where(slot < 0, 0, lax.div(low, jnp.int32(c.tile)))
     last = jnp.where(slot < 0, 1, lax.div(position + size + (c.tile - 1), jnp.int32(c.tile)))
-    return _Walk(token, size, position, slot, item - entry * c.H, first, last)
+    return _Walk(token, size, position, slot, head, first, last)
 
 
 def _fetch(c: _Static, m: _Shared, walk, turn, done, count, q_ref, table_ref, k_pages, v_pages):
@@ -179,10 +205,11 @@ def _fetch(c: _Static, m: _Shared, walk, turn, done, count, q_ref, table_ref, k_
 
 
 def _softmax(c: _Static, x, ahead, top, total):
-    """Go on with an online softmax: logits f32[ROWS, tile], maxima, sums; `ahead`: see _mask, or None.
+    """Go on with an online softmax: logits f32[ROWS, tile], `ahead` as in _mask, maxima, sums.
 
-    Returns the weights, the new maxima, the new sums, and what to shrink older results by. The
-    sums are f32[ROWS, 8], one for every eighth column: they are joined at the end.
+    `ahead` None: every token sees the whole tile. Returns the weights, the new maxima and sums, and
+    what to shrink older results by. The sums are f32[ROWS, 8], one for every eighth column: they
+    are joined at the end.
     """
     unit = c.scale * LOG2E
     if ahead is not None or c.softcap:
@@ -343,11 +370,8 @@ def _store(c: _Static, y, walk, mine, y_tile, y_ref):
 def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, y_ref, *scratch):
     m = _Shared(*scratch)
     mine = lax.axis_index("warpgroup")
-    items = used_ref[0] * c.H - lax.axis_index("program")
-    turns = lax.div(items + (c.programs - 1), jnp.int32(c.programs))
-
-    def walk_of(turn):  # after the last block, its first tile once more, for nothing
-        return _walk(c, plan_ref, jnp.minimum(turn, turns - 1))
+    turns = _turns(c, used_ref)
+    load = functools.partial(_load, c, plan_ref, turns=turns)
 
     @pl.when((mine < MIXERS) & (turns > 0))
     def _():
@@ -358,14 +382,16 @@ def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, 
         pl.when(mine == 1)(lambda: plgpu.barrier_arrive(m.turn.at[0]))
 
         def work(turn, carry):
-            done, walk, soft = carry
-            following = walk_of(turn + 1)
+            done, loaded, next_loaded, soft = carry
+            walk, following = _walk(c, loaded), _walk(c, next_loaded)
             y, soft = _mix(c, m, mine, walk, following, turn, done, soft)
+            ahead = load(turn + 2)  # arrives behind the store
             _store(c, y, walk, mine, m.y_tiles.at[mine], y_ref)
-            return done + (walk.last - walk.first), following, soft
+            return done + (walk.last - walk.first), next_loaded, ahead, soft
 
-        walk = walk_of(0)
-        lax.fori_loop(0, turns, work, (jnp.int32(0), walk, _begin(c, m, mine, walk)))
+        loaded, next_loaded = load(0), load(1)
+        soft = _begin(c, m, mine, _walk(c, loaded))
+        lax.fori_loop(0, turns, work, (jnp.int32(0), loaded, next_loaded, soft))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when((mine == MIXERS) & (turns > 0))
@@ -373,7 +399,7 @@ def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, 
         plgpu.set_max_registers(40, action="decrease")
 
         def work(turn, done):
-            walk = walk_of(turn)
+            walk = _walk(c, load(turn))
             count = jnp.where(turn < turns, walk.last - walk.first, 1)
             _fetch(c, m, walk, turn, done, count, q_ref, table_ref, k_pages, v_pages)
             return done + count
@@ -381,7 +407,7 @@ def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, 
         lax.fori_loop(0, turns + 1, work, jnp.int32(0))
 
 
-def longest_first(plan: jax.Array, tile: int, window: int) -> tuple[jax.Array, jax.Array]:
+def longest_first(plan: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
     """The plan's entries by the keys they see, unused ones last; and how many are used, i32[1]."""
     _, size, position, slot = plan.T
     keys = jnp.where(slot < 0, 0, position + size)
@@ -417,7 +443,7 @@ def prefill_hopper(
     """
     (N, H, D), (P, K, S, _) = q.shape, cache.k.shape
     base = batch.table.shape[0] * batch.tokens_per_row
-    plan, used = longest_first(plan_prefill(batch, N - base, BLOCK, base=base), tile, window)
+    plan, used = longest_first(plan_prefill(batch, N - base, BLOCK, base=base), window)
     c = _Static(
         H=H, K=K, S=S, D=D, tile=tile, run=min(S, tile), stages=stages,
         programs=min(PROGRAMS, plan.shape[0] * H), window=window, scale=scale, softcap=softcap,
@@ -455,7 +481,9 @@ def prefill_hopper(
         thread_name="warpgroup",
         kernel_name="paged_prefill_hopper",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # no thread reads shared memory, but for wgmma
         ),
         interpret=interpret,
     )(
