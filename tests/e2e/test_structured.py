@@ -104,6 +104,7 @@ def test_the_command_line_takes_a_schema(
     file = tmp_path / "schema.json"
     file.write_text(json.dumps({"enum": ["one", "two"]}))
     words = ["generate", str(tiny), "--load-format", "dummy", "--prompt", "x", "--device", "cpu"]
+    words += ["--max-num-seqs", "4", "--max-model-len", "128"]
     assert cli.main([*words, "--json-schema", str(file), "--max-tokens", "9"]) == 0
     assert json.loads(capsys.readouterr().out) in ("one", "two")
     assert cli.main([*words, "--regex", "a", "--choice", "b"]) == 2
