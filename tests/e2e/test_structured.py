@@ -25,7 +25,7 @@ PERSON = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
-FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_what_ends_by_itself_validates(served: Server) -> None:
             n=3,
             seed=seed,
             max_tokens=300,
-            response_format=FORMAT,  # type: ignore[arg-type]
+            response_format=FORMAT,
         )
         for choice in answer.choices:
             if choice.finish_reason == "stop":
