@@ -9,6 +9,8 @@ example (see bench/schemas.py for the suite):
   octavo bench structured smollm2-135m --schemas jsonschema-4.26.0/json --generations 1000
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
 import json
