@@ -95,7 +95,7 @@ class Frontend:
             snapshots=self.siblings.everybody,
             config=config,
         )
-        self.pooling = Pooling(text, client)
+        self.pooling = Pooling(text, client, self._timeout)
         self._text = text
         self.grammars = Checker(self._vocabulary, config.grammar_time_limit)
 
@@ -260,7 +260,7 @@ class Frontend:
             record.generations.append(generation)
         return generation
 
-    def _timeout(self, body: GenerationRequest) -> float:
+    def _timeout(self, body: GenerationRequest | ReadingRequest) -> float:
         """Seconds that the request may take; 0 is no limit."""
         if body.timeout is None:
             return self.settings.request_timeout
