@@ -62,6 +62,9 @@ class Observed:
         async def note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
+                for name, value in message["headers"]:
+                    if name == b"x-request-id":
+                        record.id = value.decode("latin-1")
             await send(message)
 
         try:
