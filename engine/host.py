@@ -30,6 +30,8 @@ class Limits:
     prefix_caching: bool
     by_priority: bool
     apart: bool = False  # prefill and decode cannot share a program: they take turns
+    steps: int = 1  # decode steps that one program may hold; see octavo.engine.several
+    several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +50,10 @@ class Flight:
     result: Any = None  # device arrays; see octavo.engine.reader
     rich: Any = None
     scores: Any = None
+    # Steps of one program are flights of their own, which share the result of the first.
+    leader: Any = None  # Flight, for all but the first
+    part: int = 0  # which of the program's steps this is
+    parts: int = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -58,10 +64,11 @@ class Launch:
     flight: Flight
     rows: int
     tokens: int  # T bucket; 0 is a pure decode
-    rich: bool  # log probabilities or masks: sample apart
+    rich: bool  # log probabilities beside the tokens
     masked: bool  # the mask needs every token before this step
     scored: bool  # prompt log probabilities
     greedy: bool = False  # every row takes the likeliest token: the shortest program
+    followers: list[Flight] = field(default_factory=list)  # more decode steps in the same program
 
 
 @dataclass
@@ -110,12 +117,18 @@ class Host:
         self.stopping: list[Sequence] = []  # their stop is in no plan yet
         self.stale: list[int] = []  # finished slots whose row the device still shows
         self.queue: list[tuple[int, int, Sequence]] = []  # heap of the waiting
+        self.compiling: set[Sequence] = set()  # in no queue until their grammar is built
         self.gone = 0  # entries of the queue that wait no more
         self.live: dict[int, Sequence] = {}  # by handle
         self.children: dict[int, list[Sequence]] = {}  # by the parent's serial, held back
         self.flights: deque[Flight] = deque()
         self.counters = Counters()
         self.serials = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Programs that are out, however many steps they hold."""
+        return sum(flight.part == 0 for flight in self.flights)
 
     # --- the queue
 
@@ -126,8 +139,8 @@ class Host:
 
     @property
     def deferred(self) -> int:
-        """Of the waiting, those held back until their request's first choice has run its prompt."""
-        return sum(len(children) for children in self.children.values())
+        """Of the waiting, those whose grammar compiles, or whose first choice runs its prompt."""
+        return len(self.compiling) + sum(len(children) for children in self.children.values())
 
     @property
     def running(self) -> int:

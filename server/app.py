@@ -77,6 +77,7 @@ def create_app(
         if traces is not None:
             await asyncio.to_thread(traces.close)
         await frontend.client.close()
+        frontend.grammars.close()
 
     routes = [endpoint.route() for endpoint in ENDPOINTS]
     middleware = [Middleware(Observed, figures=frontend.client.figures, tell=tell)]

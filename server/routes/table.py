@@ -16,7 +16,15 @@ from octavo.server.protocol.models import (
     TokenizeResponse,
     Version,
 )
-from octavo.server.routes import chat, completions, docs, health, models, tokenize
+from octavo.server.protocol.pooling import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    RerankRequest,
+    RerankResponse,
+    ScoreRequest,
+    ScoreResponse,
+)
+from octavo.server.routes import chat, completions, docs, health, models, pooling, tokenize
 
 ENDPOINTS = [
     post(
@@ -34,6 +42,21 @@ ENDPOINTS = [
         CompletionRequest,
         CompletionResponse,
         streams=True,
+    ),
+    post(
+        "/v1/embeddings",
+        pooling.embeddings,
+        "A vector for each text",
+        EmbeddingRequest,
+        EmbeddingResponse,
+    ),
+    *(
+        post(path, pooling.score, "How well pairs go together", ScoreRequest, ScoreResponse)
+        for path in ("/v1/score", "/score")
+    ),
+    *(
+        post(path, pooling.rerank, "Documents by relevance", RerankRequest, RerankResponse)
+        for path in ("/v1/rerank", "/rerank", "/v2/rerank")
     ),
     Endpoint("/v1/models", models.listing, "The models served here", answer=ModelList),
     Endpoint("/v1/models/{name:path}", models.one, "One model", answer=ModelCard),
