@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from octavo.engine.messages import Abort, Output
 from octavo.engine.text.reading import Text
+from octavo.server.observe import current
 from octavo.server.protocol.errors import ApiError, bad_request, unavailable
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class Encodings:
 
     def _read(self, tokens: int) -> None:
         self._client.figures.histograms["vllm:request_prompt_tokens"].observe(tokens)
+        if (record := current()) is not None:
+            record.read_tokens += tokens
 
     def _ended(self, reason: str, count: int) -> None:
         self._client.figures.finished[(reason,)] += count

@@ -77,7 +77,11 @@ class Traces:
         carrier = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in record.headers
         }
-        operation = OPERATIONS.get(record.route, "chat") if record.generations else ""
+        operation = ""
+        if record.generations:
+            operation = OPERATIONS.get(record.route, "chat")
+        elif record.read_tokens:
+            operation = OPERATIONS.get(record.route, record.route.rpartition("/")[2])
         seconds = time.monotonic() - record.began
         span = self._tracer.start_span(
             f"{operation} {self._model}" if operation else f"{record.method} {record.route}",
@@ -105,7 +109,7 @@ def _attributes(record: Record, operation: str, model: str) -> Iterator[tuple[st
     yield "http.response.status_code", record.status
     if record.status >= 400:
         yield "error.type", str(record.status)
-    if not record.generations:
+    if not operation:
         return
     yield "gen_ai.operation.name", operation
     yield "gen_ai.provider.name", "octavo"
@@ -113,8 +117,11 @@ def _attributes(record: Record, operation: str, model: str) -> Iterator[tuple[st
     yield "gen_ai.response.model", model
     yield "gen_ai.response.id", record.id
     yield "gen_ai.request.id", record.id
-    yield from _asked(record.generations[0]).items()
-    yield from _given(record.generations).items()
+    if record.generations:
+        yield from _asked(record.generations[0]).items()
+        yield from _given(record.generations).items()
+    else:
+        yield "gen_ai.usage.input_tokens", record.read_tokens
 
 
 def _asked(generation: "Generation") -> Attributes:
