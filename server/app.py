@@ -1,5 +1,6 @@
 """The Starlette application: which route is whose, who may ask, and how an error becomes a body."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from octavo.server.openapi import document, page
 from octavo.server.protocol.errors import ApiError
 from octavo.server.respond import error_response
 from octavo.server.routes.table import ENDPOINTS
+from octavo.server.tracing import Traces
 
 logger = logging.getLogger("octavo.server")
 
@@ -57,6 +59,12 @@ def create_app(
 ) -> Starlette:
     """The application over one Frontend; `on_start` runs on the event loop, first."""
 
+    settings = frontend.settings
+    tell = [log_line()] if settings.enable_log_requests else []
+    traces = Traces(settings, frontend.names[0]) if settings.otlp_traces_endpoint else None
+    if traces is not None:
+        tell.append(traces.tell)
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         frontend.client.start()
@@ -66,12 +74,12 @@ def create_app(
         yield
         frontend.siblings.stop()
         frontend.template_room.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
         await frontend.client.close()
         frontend.grammars.close()
 
     routes = [endpoint.route() for endpoint in ENDPOINTS]
-    settings = frontend.settings
-    tell = [log_line()] if settings.enable_log_requests else []
     middleware = [Middleware(Observed, figures=frontend.client.figures, tell=tell)]
     if settings.cors_origin:
         cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}

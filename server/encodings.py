@@ -115,6 +115,8 @@ class Encodings:
 
     def _read(self, tokens: int) -> None:
         self._client.figures.histograms["vllm:request_prompt_tokens"].observe(tokens)
+        if (record := current()) is not None:
+            record.read_tokens += tokens
 
     def _ended(self, reason: str, count: int) -> None:
         self._client.figures.finished[(reason,)] += count
