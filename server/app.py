@@ -20,6 +20,7 @@ from octavo.server.frontend import Frontend
 from octavo.server.openapi import document, page
 from octavo.server.protocol.errors import ApiError
 from octavo.server.respond import error_response, unauthorized
+from octavo.server.responding import Responses
 from octavo.server.routes.table import ENDPOINTS
 
 GUARDED = "/v1"
@@ -91,8 +92,10 @@ def create_app(
         if on_start is not None:
             on_start()
         yield
+        await responses.close()
         await frontend.client.close()
 
+    responses = Responses(frontend, frontend.folder)
     routes = [endpoint.route() for endpoint in ENDPOINTS]
     settings = frontend.settings
     middleware = []
@@ -110,7 +113,7 @@ def create_app(
     app = Starlette(
         routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan
     )
-    app.state.frontend = frontend
+    app.state.frontend, app.state.responses = frontend, responses
     described = document(ENDPOINTS, keyed=bool(settings.api_key))
     app.state.openapi, app.state.docs = msgspec.json.encode(described), page(described)
     return app

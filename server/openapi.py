@@ -10,7 +10,6 @@ import msgspec
 
 from octavo import __version__
 from octavo.server.endpoint import Endpoint
-from octavo.server.protocol.errors import ErrorResponse
 
 OPEN = ("/health", "/ping", "/ready", "/metrics", "/", "/docs", "/openapi.json")
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
@@ -26,6 +25,7 @@ REFUSALS = {
     500: "A fault of the server; its log has the details",
     501: "The server does not do this",
     503: "Not now: starting, full or stopping; `Retry-After` says when to try again",
+    529: "The same as 503, where the body is Anthropic's",
 }
 
 
@@ -33,12 +33,11 @@ def document(endpoints: Sequence[Endpoint], keyed: bool) -> dict[str, Any]:
     """The OpenAPI 3.1 description of `endpoints`; `keyed` when the server asks for API keys."""
     types = [t for e in endpoints for t in (e.body, e.answer) if t is not None]
     schemas, components = msgspec.json.schema_components(
-        [*types, ErrorResponse], ref_template="#/components/schemas/{name}"
+        [*types, *(e.error for e in endpoints)], ref_template="#/components/schemas/{name}"
     )
-    *listed, error = schemas
-    made = iter(listed)
+    made, errors = iter(schemas[: len(types)]), schemas[len(types) :]
     paths: dict[str, Any] = {}
-    for endpoint in endpoints:
+    for endpoint, error in zip(endpoints, errors, strict=True):
         body = next(made) if endpoint.body is not None else None
         answer = next(made) if endpoint.answer is not None else None
         operation = _operation(endpoint, body, answer, error)

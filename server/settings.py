@@ -33,6 +33,13 @@ class ServerSettings:
     )
     api_server_count: int = setting(1, "N", "processes that speak HTTP and tokenize")
     max_body_bytes: int = setting(64 * 1024 * 1024, "N", "largest request body")
+    max_stored_responses: int = setting(
+        10_000, "N", "responses kept for GET and `previous_response_id`; 0 keeps none"
+    )
+    max_stored_response_bytes: int = setting(
+        256 * 1024 * 1024, "N", "bytes of kept responses; the one used longest ago goes first"
+    )
+    stored_response_ttl: float = setting(86_400.0, "SECONDS", "how long a response is kept at most")
     cors_origin: list[str] = setting(
         [], "ORIGIN", "web page that may call from a browser; may be repeated"
     )

@@ -31,18 +31,22 @@ class EventStream(Response):
     """Sends byte chunks as they come, each already a whole `data: ...` frame or several.
 
     `chunks` is closed on disconnect, so its `finally` frees what it holds. An error after the first
-    byte can have no status any more: it becomes a frame, then [DONE].
+    byte can have no status any more: it becomes a frame, then [DONE]. `done` is what comes last.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncIterator[bytes], on_end: Callable[[], None], request_id: str
+        self,
+        chunks: AsyncIterator[bytes],
+        on_end: Callable[[], None],
+        request_id: str,
+        done: bytes = DONE,
     ) -> None:
         self.status_code = 200
         self.background = None
         self.raw_headers = [*HEADERS, (b"x-request-id", request_id.encode("latin-1", "replace"))]
-        self._chunks, self._on_end = chunks, on_end
+        self._chunks, self._on_end, self._done = chunks, on_end, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.ensure_future(self._send_all(send))
@@ -71,7 +75,7 @@ class EventStream(Response):
             logger.exception("a stream failed")
             failure = ApiError(500, "internal error; the server's log has the details")
             await send({"type": "http.response.body", "body": frame(failure), "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self._done, "more_body": False})
 
 
 def frame(error: ApiError) -> bytes:

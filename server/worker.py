@@ -50,7 +50,7 @@ def serve_one(
         hung_after=settings.hung_after,
         model_name=settings.names(config.model)[0],
     )
-    frontend = Frontend(settings, config, text, client)
+    frontend = Frontend(settings, config, text, client, address.removeprefix("ipc://"))
     url = url_of(settings, listener)
 
     def on_ready(seconds: float) -> None:

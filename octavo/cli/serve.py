@@ -49,6 +49,9 @@ def settings_from_args(args: argparse.Namespace) -> ServerSettings:
         ("shutdown_timeout", 0, 86400),
         ("hung_after", 1, 86400),
         ("max_body_bytes", 1024, 2**40),
+        ("max_stored_responses", 0, 10**9),
+        ("max_stored_response_bytes", 0, 2**50),
+        ("stored_response_ttl", 1, 10**9),
     ):
         value = getattr(settings, name)
         if not low <= value <= high:
