@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ import numpy as np
 from octavo.backends.record import Backend
 from octavo.backends.select import select
 from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.grammar.vocabulary import Vocabulary
 from octavo.engine.memory import Resolved, resolve
+from octavo.engine.text.opened import open_text
 from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from octavo.models.config import ModelConfig, ModelConfigError
 from octavo.models.load import LoadError, load_params, random_params
@@ -30,6 +33,7 @@ class Parts:
     params: Any
     eos_token_ids: list[int]
     load_seconds: float
+    vocabulary: Callable[[], Vocabulary] | None = None  # None: no request may ask for a form
 
 
 @contextmanager
@@ -59,7 +63,13 @@ def assemble(config: EngineConfig, progress: Progress | None = None) -> Parts:
         began = time.perf_counter()
         params = _weights(config, checkpoint, resolved, progress)
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
-    return Parts(backend, resolved, params, eos, time.perf_counter() - began)
+    vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
+    return Parts(backend, resolved, params, eos, time.perf_counter() - began, vocabulary)
+
+
+def read_vocabulary(config: EngineConfig, size: int, ends: list[int]) -> Vocabulary:
+    """The tokens of the config's model, for grammars. Raises ParameterError."""
+    return Vocabulary.of(open_text(config).tokenizer, size, ends)
 
 
 def _weights(

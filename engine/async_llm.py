@@ -11,7 +11,11 @@ from octavo.engine.core import EngineCore
 from octavo.engine.messages import Output
 from octavo.engine.progress import startup_progress
 from octavo.engine.requests import Prompt, Requests
-from octavo.engine.sampling_params import RequestOutputKind, SamplingParams
+from octavo.engine.sampling_params import (
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from octavo.engine.text.opened import Message, open_text
 from octavo.engine.text.outputs import RequestOutput
 
@@ -59,6 +63,8 @@ class AsyncLLM:
         if self._closed or self._failure is not None:
             raise RuntimeError(str(self._failure or "this AsyncLLM was closed; make a new one"))
         self._loop = self._loop or asyncio.get_running_loop()
+        if sampling_params is not None and sampling_params.structured_outputs is not None:
+            await self.check(sampling_params.structured_outputs)
         request = self._requests.prepare(
             prompt, sampling_params, request_id=request_id, priority=priority
         )
@@ -94,6 +100,13 @@ class AsyncLLM:
             if output.finished:
                 return output
         raise RuntimeError("the request ended without an answer")
+
+    async def check(self, form: StructuredOutputsParams) -> None:
+        """Compile a schema or grammar ahead of its use. Raises ParameterError with what is wrong.
+
+        `generate` does this by itself; once checked, the same form costs nothing there.
+        """
+        await self._requests.grammars.acheck(form)
 
     def _abort(self, handles: list[int]) -> None:
         if handles:
@@ -146,6 +159,7 @@ class AsyncLLM:
             self._closed = True
             self._inbox.put(None)
             self._thread.join()
+            self._requests.grammars.close()
             self._core.close()
 
     async def __aenter__(self) -> Self:

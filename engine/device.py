@@ -83,15 +83,19 @@ class Device:
                 score = self.programs.score[launch.tokens]
                 flight.scores = score(self.head, passed.chunk_hidden, targets, named)
             passed = replace(passed, chunk_hidden=None)
-            if launch.rich:
+            arguments = (self.head, self.state.slots, passed)
+            if launch.rich or launch.masked:
                 mask = jax.device_put(self.masks.build(host, flight)[None])
+            if launch.rich:
                 named = jax.device_put(named_of_rows(flight)[None])
                 rich = self.programs.rich[launch.rows]
-                slots, packed, flight.rich = rich(self.head, self.state.slots, passed, mask, named)
+                slots, packed, flight.rich = rich(*arguments, mask, named)
+            elif launch.masked:
+                slots, packed = self.programs.masked[launch.rows](*arguments, mask)
             else:
                 choices = self.programs.greedy if launch.greedy else self.programs.sample
                 sample = choices[launch.rows]
-                slots, packed = sample(self.head, self.state.slots, passed)
+                slots, packed = sample(*arguments)
             self.state = replace(self.state, slots=slots)
             flight.result = (packed, *flight.result)
         self.reader.expect((flight.result, flight.rich, flight.scores))

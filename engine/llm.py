@@ -223,6 +223,7 @@ class LLM:
         """Free the device memory; twice is no error."""
         if not self._closed:
             self._closed = True
+            self._requests.grammars.close()
             self._core.close()
 
     def __enter__(self) -> Self:

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from octavo.engine import step
 from octavo.engine.compiles import WATCH
+from octavo.engine.grammar.guide import mask_words
 from octavo.engine.host import Limits
-from octavo.engine.masks import mask_words
 from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from octavo.engine.state import EngineState, empty_pages, empty_slots
@@ -58,6 +58,7 @@ class Programs:
     forward: dict[tuple[int, int], Any] = field(default_factory=dict)
     greedy: dict[int, Any] = field(default_factory=dict)
     sample: dict[int, Any] = field(default_factory=dict)
+    masked: dict[int, Any] = field(default_factory=dict)
     rich: dict[int, Any] = field(default_factory=dict)
     score: dict[int, Any] = field(default_factory=dict)
 
@@ -129,10 +130,12 @@ class Programs:
         mask = jax.ShapeDtypeStruct((1, rows, mask_words(machine.dims.vocab)), jnp.uint32)
         named = jax.ShapeDtypeStruct((1, rows, MAX_LOGPROB_TOKEN_IDS), jnp.int32)
         rich = _rich(machine, self._most_logprobs())
+        masked = _masked(machine)
         plain = (head, slots, rows_only)
         return [
             (f"greedy {rows} rows", self._put(self.greedy, rows), _greedy(machine), plain, (1,)),
             (f"sample {rows} rows", self._put(self.sample, rows), _sample(machine), plain, (1,)),
+            (f"masked {rows} rows", self._put(self.masked, rows), masked, (*plain, mask), (1,)),
             (f"rich {rows} rows", self._put(self.rich, rows), rich, (*plain, mask, named), (1,)),
         ]
 
@@ -153,6 +156,7 @@ class Programs:
             *self.forward.values(),
             *self.greedy.values(),
             *self.sample.values(),
+            *self.masked.values(),
             *self.rich.values(),
         ]
         every += [*self.score.values()]
@@ -196,6 +200,14 @@ def _sample(machine: step.Machine) -> Any:
         return as_shard((after, packed))
 
     return sample
+
+
+def _masked(machine: step.Machine) -> Any:
+    def masked(head: Any, slots: Any, passed: Any, mask: jax.Array) -> Any:
+        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed), mask[0])
+        return as_shard((after, packed))
+
+    return masked
 
 
 def _rich(machine: step.Machine, logprobs: int) -> Any:

@@ -1,9 +1,7 @@
 """POST /v1/messages and /v1/messages/count_tokens: a turn in Anthropic's words."""
 
-import functools
 import logging
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,38 +16,13 @@ from octavo.server.protocol.messages import (
     MessagesRequest,
     MessagesUsage,
     TokensCount,
-    error_body,
-    status_of,
 )
 from octavo.server.respond import frontend_of, json_response, read_body
 from octavo.server.streaming import EventStream, while_connected
 
-Handler = Callable[[Request], Awaitable[Response]]
 logger = logging.getLogger("octavo.server")
 
 
-def in_its_shape(handler: Handler) -> Handler:
-    """Errors as Anthropic's clients know them."""
-
-    @functools.wraps(handler)
-    async def shaped(request: Request) -> Response:
-        request_id = f"req_{uuid.uuid4().hex}"
-        try:
-            response = await handler(request)
-        except RecursionError:
-            response = _refusal(ApiError(400, "the body is nested too deeply"), request_id)
-        except ApiError as error:
-            response = _refusal(error, request_id)
-        except Exception:
-            logger.exception("a request failed")
-            response = _refusal(_bug(), request_id)
-        response.headers["request-id"] = response.headers.get("x-request-id", request_id)
-        return response
-
-    return shaped
-
-
-@in_its_shape
 async def create(request: Request) -> Response:
     frontend = frontend_of(request)
     body = await read_body(request, MessagesRequest)
@@ -57,7 +30,7 @@ async def create(request: Request) -> Response:
     turn = await begin(frontend, to_chat(body), name.public)
     if body.stream:
         stream = _stream(turn, frontend, name)
-        return EventStream(stream, turn.cancel, name.public, done=b"")
+        return _named(EventStream(stream, turn.cancel, name.public, done=b""), name)
     try:
         choices = await while_connected(request, turn.whole())
     finally:
@@ -67,10 +40,9 @@ async def create(request: Request) -> Response:
     blocks.end()
     said = choices[0]
     usage = await _usage(turn, frontend, blocks, len(said.token_ids), said.cached_tokens)
-    return json_response(blocks.message(usage), request_id=name.public)
+    return _named(json_response(blocks.message(usage), request_id=name.public), name)
 
 
-@in_its_shape
 async def count_tokens(request: Request) -> Response:
     frontend = frontend_of(request)
     body = await read_body(request, CountTokensRequest)
@@ -124,10 +96,9 @@ def _model(turn: Turn, frontend: Frontend) -> str:
     return turn.body.model or frontend.names[0]
 
 
-def _refusal(error: ApiError, request_id: str) -> Response:
-    response = json_response(error_body(error, request_id), status_of(error), request_id)
-    if error.retry_after is not None:
-        response.headers["retry-after"] = str(error.retry_after)
+def _named(response: Response, name: RequestId) -> Response:
+    """With the header in which Anthropic's clients look for the name."""
+    response.headers["request-id"] = name.public
     return response
 
 

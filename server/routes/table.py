@@ -15,6 +15,7 @@ from octavo.server.protocol.messages import (
 from octavo.server.protocol.models import (
     DetokenizeRequest,
     DetokenizeResponse,
+    Load,
     ModelCard,
     ModelList,
     Status,
@@ -129,6 +130,7 @@ ENDPOINTS = [
     Endpoint("/ping", health.health, "The same as /health", answer=Status, method="POST"),
     Endpoint("/ready", health.ready, "Whether the engine can generate", answer=Status),
     Endpoint("/version", health.version, "The version of Octavo", answer=Version),
+    Endpoint("/load", health.load, "Generations under way", answer=Load),
     Endpoint("/metrics", health.metrics, "Figures for Prometheus", media_type="text/plain"),
     Endpoint("/openapi.json", docs.openapi, "This description", answer=dict[str, Any]),
     Endpoint("/docs", docs.page, "This description for people", media_type="text/html"),

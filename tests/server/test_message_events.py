@@ -1,5 +1,7 @@
 """Thought, text and calls of tools, as Anthropic's client reads them back."""
 
+from typing import Any
+
 import pytest
 from anthropic import Anthropic
 
@@ -25,9 +27,9 @@ def streamed(said: list[Delta]) -> bytes:
     return b"".join([*frames, blocks.end(), blocks.stop(MessagesUsage(7, 12, 3))])
 
 
-def read_back(said: list[Delta]):
+def read_back(said: list[Delta]) -> Any:
     with replayed(streamed(said)) as url:
-        client = Anthropic(base_url=url, api_key="none", max_retries=0)
+        client: Any = Anthropic(base_url=url, api_key="none", max_retries=0)
         body = {"model": "tiny", "max_tokens": 9, "messages": [{"role": "user", "content": "?"}]}
         with client.messages.stream(**body) as stream:
             kinds = [event.type for event in stream]

@@ -1,5 +1,7 @@
 """/v1/messages and /v1/messages/count_tokens against an engine that repeats the prompt."""
 
+from typing import Any
+
 import anthropic
 import pytest
 from anthropic import Anthropic
@@ -12,11 +14,16 @@ ABORTED = 'vllm:request_success_total{engine="0",finished_reason="abort"'
 TOOL = {"name": "weather", "input_schema": {"type": "object", "properties": {}}}
 
 
-def client_of(server: Server) -> Anthropic:
+def client_of(server: Server) -> Any:
+    """Untyped: what its types refuse is sent on purpose."""
     return Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=PATIENCE)
 
 
-def ask(server: Server, **fields):
+def body_of(caught: Any) -> Any:
+    return caught.value.body
+
+
+def ask(server: Server, **fields: Any) -> Any:
     """Its client refuses some fields itself; these go as they are."""
     body = {"model": "tiny", "max_tokens": 13, "messages": HELLO}
     return client_of(server).messages.create(**body, extra_body=fields)
@@ -128,7 +135,7 @@ def test_count_tokens_counts_the_prompt_that_would_be_read(server):
 def test_what_cannot_be_served_is_named_in_anthropics_shape(server, fields, named):
     with pytest.raises(anthropic.BadRequestError) as caught:
         ask(server, **fields)
-    body = caught.value.body
+    body = body_of(caught)
     assert body["type"] == "error" and body["error"]["type"] == "invalid_request_error"
     assert f"`{named}`" in body["error"]["message"]
     assert body["request_id"] == caught.value.request_id
@@ -137,7 +144,7 @@ def test_what_cannot_be_served_is_named_in_anthropics_shape(server, fields, name
 def test_other_errors_have_their_own_types(server):
     with pytest.raises(anthropic.NotFoundError) as caught:
         ask(server, model="other")
-    assert caught.value.body["error"]["type"] == "not_found_error"
+    assert body_of(caught)["error"]["type"] == "not_found_error"
     answer = server.post("/v1/messages", {"model": "tiny", "messages": HELLO}).json()
     missing = {"type": "invalid_request_error", "message": "`max_tokens` is required"}
     assert answer["error"] == missing
@@ -150,7 +157,7 @@ def test_an_engine_error_after_the_first_token_is_an_error_event(server):
         for event in client_of(server).messages.create(**body, extra_body={"cache_salt": "fail"}):
             seen.append(event.type)
     assert "content_block_delta" in seen
-    assert caught.value.body["error"] == {"type": "api_error", "message": "it was told to"}
+    assert body_of(caught)["error"] == {"type": "api_error", "message": "it was told to"}
 
 
 def test_a_full_queue_is_overloaded(launch):
@@ -161,7 +168,7 @@ def test_a_full_queue_is_overloaded(launch):
         streams = [client.messages.create(**body) for _ in range(8)]
         del streams
     assert caught.value.status_code == 529
-    assert caught.value.body["error"]["type"] == "overloaded_error"
+    assert body_of(caught)["error"]["type"] == "overloaded_error"
     assert caught.value.response.headers["retry-after"] == "1"
 
 

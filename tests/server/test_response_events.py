@@ -1,5 +1,7 @@
 """Thought, text and calls of tools, as OpenAI's client reads them back."""
 
+from typing import Any
+
 import pytest
 from openai import OpenAI
 
@@ -11,7 +13,9 @@ from octavo.server.response_events import Events
 from tests.server.replay import replayed
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning", "error::DeprecationWarning")
-TOOLS = [{"type": "function", "name": "weather", "parameters": {}, "strict": False}]
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "name": "weather", "parameters": {}, "strict": False}
+]
 SAID = [
     Delta(0, 0, reasoning="Let me "),
     Delta(0, 0, reasoning="think."),
@@ -34,9 +38,9 @@ def streamed(said: list[Delta]) -> bytes:
     return b"".join([*frames, events.last()])
 
 
-def read_back(frames: bytes):
+def read_back(frames: bytes) -> Any:
     with replayed(frames) as url:
-        client = OpenAI(base_url=url, api_key="none", max_retries=0)
+        client: Any = OpenAI(base_url=url, api_key="none", max_retries=0)
         with client.responses.stream(model="tiny", input="?", tools=TOOLS) as stream:
             return list(stream)
 

@@ -1,6 +1,7 @@
 """/v1/responses against an engine that repeats the prompt."""
 
 import time
+from typing import Any
 
 import openai
 import pytest
@@ -13,10 +14,19 @@ ABORTED = 'vllm:request_success_total{engine="0",finished_reason="abort"'
 WEATHER = {"type": "function", "name": "weather", "parameters": {}, "strict": False}
 
 
-def ask(server: Server, **fields):
+def client_of(server: Server) -> Any:
+    """Untyped: what its types refuse is sent on purpose."""
+    return server.openai()
+
+
+def body_of(caught: Any) -> Any:
+    return caught.value.body
+
+
+def ask(server: Server, **fields: Any) -> Any:
     """Its client refuses some fields itself; these go as they are."""
     fields = {"max_output_tokens": 22, **fields}
-    return server.openai().responses.create(model="tiny", input="hello", extra_body=fields)
+    return client_of(server).responses.create(model="tiny", input="hello", extra_body=fields)
 
 
 def test_a_response_has_items_usage_and_a_status(server):
@@ -38,7 +48,7 @@ def test_a_response_that_ends_by_itself_is_completed(server):
 
 
 def test_a_stream_is_the_same_response(server):
-    client = server.openai()
+    client = client_of(server)
     body = {"model": "tiny", "input": "hello"}
     with client.responses.stream(**body, extra_body={"stop": ["assist"]}) as stream:
         text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
@@ -62,7 +72,7 @@ def test_log_probabilities_come_with_the_text(server):
     assert "".join(row.token for row in rows) == response.output_text
     assert [len(row.top_logprobs) for row in rows] == [2] * 4
     streamed = []
-    for event in server.openai().responses.create(
+    for event in client_of(server).responses.create(
         model="tiny", input="hello", max_output_tokens=4, stream=True, extra_body=wanted
     ):
         if event.type == "response.output_text.delta":
@@ -71,7 +81,7 @@ def test_log_probabilities_come_with_the_text(server):
 
 
 def test_a_chain_is_the_same_conversation_as_its_items_sent_whole(server):
-    client = server.openai()
+    client = client_of(server)
     first = ask(server, instructions="be brief")
     said = [{"role": "user", "content": "hello"}, *first.output, {"role": "user", "content": "so"}]
     body = {"model": "tiny", "max_output_tokens": 120}
@@ -87,7 +97,7 @@ def test_a_chain_is_the_same_conversation_as_its_items_sent_whole(server):
 
 
 def test_input_items_come_in_pages(server):
-    client = server.openai()
+    client = client_of(server)
     said = [{"role": "user", "content": str(i)} for i in range(5)]
     response = client.responses.create(model="tiny", input=said, max_output_tokens=1)
     pages = client.responses.input_items.list(response.id, order="asc", limit=2)
@@ -105,7 +115,7 @@ def test_every_kind_of_item_is_taken(server):
         {"type": "function_call", "call_id": "c", "name": "weather", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c", "output": "sunny"},
     ]
-    response = server.openai().responses.create(
+    response = client_of(server).responses.create(
         model="tiny", input=said, instructions="kind", max_output_tokens=62
     )
     assert response.output_text.startswith(
@@ -114,18 +124,18 @@ def test_every_kind_of_item_is_taken(server):
 
 
 def test_what_is_not_stored_is_not_found(server):
-    client = server.openai()
+    client = client_of(server)
     response = ask(server, store=False)
     for call in (client.responses.retrieve, client.responses.delete, client.responses.cancel):
         with pytest.raises(openai.NotFoundError):
             call(response.id)
     with pytest.raises(openai.BadRequestError) as caught:
         ask(server, previous_response_id=response.id)
-    assert caught.value.body["param"] == "previous_response_id"
+    assert body_of(caught)["param"] == "previous_response_id"
 
 
 def test_a_deleted_response_is_no_more(server):
-    client = server.openai()
+    client = client_of(server)
     response = ask(server)
     client.responses.delete(response.id)
     with pytest.raises(openai.NotFoundError):
@@ -139,7 +149,7 @@ def test_a_response_is_named_by_its_request_once(server):
 
 
 def test_work_in_the_background_can_be_polled(server):
-    client = server.openai()
+    client = client_of(server)
     response = ask(server, background=True)
     assert response.status == "queued" and response.output == []
     server.until(
@@ -149,7 +159,7 @@ def test_work_in_the_background_can_be_polled(server):
 
 
 def test_work_in_the_background_can_be_followed_from_any_event(server):
-    client = server.openai()
+    client = client_of(server)
     body = {"model": "tiny", "input": "hello", "background": True, "max_output_tokens": 22}
     events = list(client.responses.create(**body, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
@@ -161,14 +171,14 @@ def test_work_in_the_background_can_be_followed_from_any_event(server):
 
 def test_a_response_without_kept_events_cannot_be_followed(server):
     with pytest.raises(openai.BadRequestError, match="background"):
-        server.openai().responses.retrieve(ask(server).id, stream=True)
+        client_of(server).responses.retrieve(ask(server).id, stream=True)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_work_in_the_background_can_be_cancelled(launch, processes):
     slow = launch("--api-server-count", str(processes), step=0.02)
     for _ in range(3 * processes):  # some reach the other process
-        client = slow.openai()
+        client = client_of(slow)
         response = ask(slow, background=True, max_output_tokens=480)
         began = time.monotonic()
         cancelled = client.responses.cancel(response.id)
@@ -179,7 +189,7 @@ def test_work_in_the_background_can_be_cancelled(launch, processes):
 
 def test_only_work_in_the_background_can_be_cancelled(server):
     with pytest.raises(openai.BadRequestError, match="background"):
-        server.openai().responses.cancel(ask(server).id)
+        client_of(server).responses.cancel(ask(server).id)
 
 
 def test_several_processes_know_each_others_responses(launch):
@@ -201,8 +211,8 @@ def test_truncation_drops_the_oldest_turns(server):
     said = [{"role": "user", "content": f"{i}" * 100} for i in range(8)]
     body = {"model": "tiny", "input": said, "instructions": "s", "max_output_tokens": 20}
     with pytest.raises(openai.BadRequestError, match="the context is 512"):
-        server.openai().responses.create(**body)
-    response = server.openai().responses.create(**body, truncation="auto")
+        client_of(server).responses.create(**body)
+    response = client_of(server).responses.create(**body, truncation="auto")
     assert response.output_text.startswith("<system>s<user>4444")
     assert response.usage.input_tokens <= 512 - 20
 
@@ -236,7 +246,7 @@ def test_truncation_drops_the_oldest_turns(server):
 def test_what_cannot_be_served_is_named(server, fields, named):
     with pytest.raises(openai.BadRequestError, match="400") as caught:
         ask(server, **fields)
-    assert f"`{named}`" in caught.value.body["message"]
+    assert f"`{named}`" in body_of(caught)["message"]
 
 
 def test_an_engine_error_is_a_failed_response(server):
@@ -244,7 +254,7 @@ def test_an_engine_error_is_a_failed_response(server):
         ask(server, cache_salt="fail")
     fields = {"max_output_tokens": 9, "cache_salt": "fail"}
     events = list(
-        server.openai().responses.create(
+        client_of(server).responses.create(
             model="tiny", input="hello", stream=True, extra_body=fields
         )
     )
@@ -255,7 +265,7 @@ def test_an_engine_error_is_a_failed_response(server):
 
 def test_a_client_that_leaves_takes_its_work_along(server):
     before = server.metric(ABORTED)
-    stream = server.openai().responses.create(model="tiny", input="hello", stream=True)
+    stream = client_of(server).responses.create(model="tiny", input="hello", stream=True)
     next(iter(stream))
     stream.close()
     server.until(lambda: server.metric(ABORTED) == before + 1, "nobody aborted")
