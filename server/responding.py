@@ -6,7 +6,8 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from octavo.server.conversions.responses import Item, items_of, response_of, to_chat
+from octavo.server.conversions.common import own_names
+from octavo.server.conversions.responses import NAMES, Item, items_of, response_of, to_chat
 from octavo.server.dialogue import Turn, begin
 from octavo.server.frontend import Frontend, RequestId
 from octavo.server.protocol.chat import ChatCompletionRequest
@@ -69,7 +70,8 @@ class Responses:
         chat = to_chat(body, items)
         if body.truncation == "auto":
             chat = await self._fitting(chat)
-        turn = await begin(frontend, chat, name.public)
+        with own_names(NAMES):
+            turn = await begin(frontend, chat, name.public)
         model = body.model or frontend.names[0]
         defaults = frontend.generation_config
         response = response_of(body, name.public, name.created, model, defaults)

@@ -1,6 +1,7 @@
 """What the conversions share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from octavo.server.protocol.chat import ChatCompletionRequest
@@ -17,6 +18,19 @@ def chat_of(
     common = {f: getattr(body, f) for f in GenerationRequest.__struct_fields__ if f not in OWN}
     own = {k: v for k, v in values.items() if k in ChatCompletionRequest.__struct_fields__}
     return ChatCompletionRequest(messages=messages, **(common | own))
+
+
+@contextmanager
+def own_names(names: dict[str, str]) -> Iterator[None]:
+    """Errors about chat's fields name the fields of the body that was sent."""
+    try:
+        yield
+    except ApiError as error:
+        for name, own in names.items():
+            error.message = error.message.replace(f"`{name}", f"`{own}")
+            if error.param is not None and error.param.partition(".")[0] == name:
+                error.param = own + error.param[len(name) :]
+        raise
 
 
 def only_text(part: dict[str, Any], where: str, kinds: Sequence[str]) -> str:

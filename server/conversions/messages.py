@@ -17,6 +17,12 @@ from octavo.server.protocol.chat import ChatCompletionRequest
 from octavo.server.protocol.errors import bad_request
 from octavo.server.protocol.messages import MessagesRequest
 
+NAMES = {  # of chat's fields here
+    "response_format.json_schema.schema": "output_config.format.schema",
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+    "stop": "stop_sequences",
+}
 ROLES = ("user", "assistant", "system")
 USER_BLOCKS = ("text", "tool_result")
 ASSISTANT_BLOCKS = ("text", "tool_use", "thinking", "redacted_thinking")

@@ -26,6 +26,13 @@ Item = dict[str, Any]
 ROLES = ("user", "assistant", "system", "developer")
 KINDS = ("message", "function_call", "function_call_output", "reasoning")
 TEXTS = ("input_text", "output_text", "text")
+NAMES = {  # of chat's fields here
+    "response_format.json_schema.schema": "text.format.schema",
+    "response_format": "text.format",
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+}
 FORMATS = ("text", "json_object", "json_schema")
 PREFIXES = {"function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.server.conversions.messages import to_chat
+from octavo.server.conversions.common import own_names
+from octavo.server.conversions.messages import NAMES, to_chat
 from octavo.server.dialogue import Turn, begin
 from octavo.server.frontend import Frontend, RequestId
 from octavo.server.message_events import Blocks, failure
@@ -27,7 +28,8 @@ async def create(request: Request) -> Response:
     frontend = frontend_of(request)
     body = await read_body(request, MessagesRequest)
     name = RequestId.of(request, body, "msg_")
-    turn = await begin(frontend, to_chat(body), name.public)
+    with own_names(NAMES):
+        turn = await begin(frontend, to_chat(body), name.public)
     if body.stream:
         stream = _stream(turn, frontend, name)
         return _named(EventStream(stream, turn.cancel, name.public, done=b""), name)
@@ -48,8 +50,9 @@ async def count_tokens(request: Request) -> Response:
     body = await read_body(request, CountTokensRequest)
     chat = to_chat(body)
     frontend.check_model(chat.model)
-    chat.check()
-    prompt = await frontend.chat_prompt(chat)
+    with own_names(NAMES):
+        chat.check()
+        prompt = await frontend.chat_prompt(chat)
     return json_response(TokensCount(len(prompt.token_ids)))
 
 
