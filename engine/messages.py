@@ -34,6 +34,16 @@ class Abort(msgspec.Struct, tag="abort", array_like=True):
     handles: list[int]
 
 
+class EncodeRequest(msgspec.Struct, tag="encode", array_like=True, omit_defaults=True):
+    """One text, or a pair of texts as one, that a model which only reads turns into a vector."""
+
+    handle: int  # chosen by the client, never reused while alive
+    request_id: str
+    prompt: bytes  # i32[n]
+    second: int = 0  # where the second text of a pair begins; 0: there is one text
+    arrival: float = 0.0  # seconds, time.monotonic of the host
+
+
 class Finish(msgspec.Struct, array_like=True):
     """The end of one sequence."""
 
@@ -61,6 +71,13 @@ class Logprobs(msgspec.Struct, array_like=True):
     logprobs: bytes  # f32[1 + k + named]
     rank: int  # of the token itself, 1 is the likeliest
     named: int = 0
+
+
+class Encoded(msgspec.Struct, array_like=True):
+    """What a text became. Its Finish is in the same message."""
+
+    handle: int
+    vector: bytes  # f32[Pooler.size], not normalized; of a classifier the numbers of its labels
 
 
 class Stats(msgspec.Struct, array_like=True):
@@ -100,6 +117,17 @@ class Output(msgspec.Struct, tag="output", array_like=True, omit_defaults=True):
     finished: list[Finish] = []  # their last tokens are in `tokens` of this same message
     logprobs: list[Logprobs] = []
     stats: Stats | None = None
+    encoded: list[Encoded] = []
+
+
+class Pooler(msgspec.Struct, array_like=True):
+    """What an engine that only reads gives for a text."""
+
+    task: str  # "embed": an embedding; "score": the numbers of a classifier's labels
+    size: int  # numbers in a vector
+    normalize: bool = True  # embeddings are meant to have length 1
+    dimensions: list[int] = []  # lengths that embeddings may be cut to; none is any
+    activation: str = "sigmoid"  # what a score goes through: "sigmoid" | "identity"
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True):
@@ -115,6 +143,7 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     startup_seconds: float
     page_size: int = 0  # tokens in a page of the cache
     kv_dtype: str = ""  # of the cache
+    pooler: Pooler | None = None  # None: the engine generates
 
 
 class Dead(msgspec.Struct, tag="dead", array_like=True):
@@ -123,5 +152,5 @@ class Dead(msgspec.Struct, tag="dead", array_like=True):
     message: str
 
 
-ToEngine = AddRequest | Abort
+ToEngine = AddRequest | Abort | EncodeRequest
 FromEngine = Output | Ready | Dead

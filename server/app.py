@@ -67,6 +67,7 @@ def create_app(
         yield
         await responses.close()
         frontend.siblings.stop()
+        frontend.template_room.close()
         await frontend.client.close()
         frontend.grammars.close()
 

@@ -14,7 +14,16 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from octavo.engine.messages import Abort, AddRequest, Dead, FromEngine, Output, Ready, Stats
+from octavo.engine.messages import (
+    Abort,
+    AddRequest,
+    Dead,
+    FromEngine,
+    Output,
+    Ready,
+    Stats,
+    ToEngine,
+)
 from octavo.engine.process import (
     HANDLE_MASK,
     client_identity,
@@ -22,6 +31,7 @@ from octavo.engine.process import (
     requests_endpoint,
 )
 from octavo.engine.text.processor import OutputProcessor
+from octavo.server.encodings import Encodings
 from octavo.server.figures import Figures
 from octavo.server.generation import Generation as Generation
 from octavo.server.protocol.errors import ApiError, unavailable
@@ -59,6 +69,7 @@ class EngineClient:
         self._max_queued, self._hung_after = max_queued, hung_after
         self._alive: dict[str, Generation] = {}  # by the request's id
         self._used: set[int] = set()  # the handles of what is alive
+        self.encodings = Encodings(self, max_queued)
         self._queued: dict[int, Generation] = {}  # without a slot, by their first handles
         self._deadlines: dict[str, float] = {}  # when to give up, by the request's id
         self._next_handle = 0
@@ -101,7 +112,7 @@ class EngineClient:
     @property
     def open_requests(self) -> int:
         """Requests that have not ended."""
-        return len(self._alive)
+        return len(self._alive) + len(self.encodings)
 
     def trouble(self) -> str | None:
         """Why the engine cannot be used, in a sentence; None when it can."""
@@ -145,6 +156,20 @@ class EngineClient:
             if self._used.isdisjoint(range(first, first + n)):
                 return first
 
+    def reserve(self, n: int) -> range:
+        """`n` handles in a row, until they are released."""
+        first = self.new_handle(n)
+        self._used.update(range(first, first + n))
+        return range(first, first + n)
+
+    def release(self, handles: range) -> None:
+        """These handles may be used again."""
+        self._used.difference_update(handles)
+
+    def send(self, message: ToEngine) -> None:
+        """To the engine, without waiting."""
+        self._requests.send(self._encode(message), zmq.NOBLOCK)
+
     def submit(self, request: AddRequest, prompt: list[int]) -> Generation:
         """Send a request whose handle comes from `new_handle`."""
         generation = Generation(request, self.figures, self.abort)
@@ -176,6 +201,7 @@ class EngineClient:
         for generation in tuple(self._alive.values()):
             generation.fail(error)
             self.abort(generation)
+        self.encodings.fail_all(error)
 
     def _forget(self, generation: Generation) -> None:
         del self._alive[generation.request_id]
@@ -215,6 +241,8 @@ class EngineClient:
             if start.handle in self._queued:
                 self._queued.pop(start.handle).queued = start.queued
                 self.figures.queued.observe(start.queued)
+        if output.encoded or output.finished:
+            self.encodings.take(output)
         results, surplus = self._processor.process(output, self._heard)
         for result in results:
             generation = self._alive.get(result.request_id)

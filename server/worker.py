@@ -77,7 +77,11 @@ def welcome(frontend: Frontend, url: str, seconds: float) -> list[str]:
     ready = frontend.client.ready
     key = " -H 'Authorization: Bearer KEY'" if frontend.settings.api_key else ""
     key += " --cacert CERTFILE" if frontend.settings.ssl_certfile else ""
-    if frontend.chats:
+    if ready is not None and ready.pooler is not None:
+        path, body = "embeddings", '{"input": "Hello"}'
+        if ready.pooler.task == "score":
+            path, body = "score", '{"text_1": "Hello", "text_2": "Good day"}'
+    elif frontend.chats:
         path, body = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}'
     else:
         path, body = "completions", '{"prompt": "Hello"}'

@@ -17,6 +17,7 @@ PROGRAMS = {
     "grammar": "llguidance beside xgrammar: schemas compiled, masks filled",
     "structured": "whether every text that a schema ruled parses and validates",
     "masked": "what a step costs more when grammars rule its rows",
+    "embed": "how many texts per second a reading model embeds, and torch beside it",
     "llamacpp": "SmolLM2 beside llama.cpp, in turns, on this machine",
 }
 

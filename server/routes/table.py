@@ -23,6 +23,14 @@ from octavo.server.protocol.models import (
     TokenizeResponse,
     Version,
 )
+from octavo.server.protocol.pooling import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    RerankRequest,
+    RerankResponse,
+    ScoreRequest,
+    ScoreResponse,
+)
 from octavo.server.protocol.responses import (
     Deleted,
     ItemList,
@@ -36,6 +44,7 @@ from octavo.server.routes import (
     health,
     messages,
     models,
+    pooling,
     responses,
     tokenize,
 )
@@ -108,6 +117,21 @@ ENDPOINTS = [
         CountTokensRequest,
         TokensCount,
         error=MessagesErrorResponse,
+    ),
+    post(
+        "/v1/embeddings",
+        pooling.embeddings,
+        "A vector for each text",
+        EmbeddingRequest,
+        EmbeddingResponse,
+    ),
+    *(
+        post(path, pooling.score, "How well pairs go together", ScoreRequest, ScoreResponse)
+        for path in ("/v1/score", "/score")
+    ),
+    *(
+        post(path, pooling.rerank, "Documents by relevance", RerankRequest, RerankResponse)
+        for path in ("/v1/rerank", "/rerank", "/v2/rerank")
     ),
     Endpoint("/v1/models", models.listing, "The models served here", answer=ModelList),
     Endpoint("/v1/models/{name:path}", models.one, "One model", answer=ModelCard),
