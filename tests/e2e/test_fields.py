@@ -57,15 +57,15 @@ def test_tokens_are_forced_forbidden_and_allowed(ask: Any) -> None:
     "field", [{"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 1.8}]
 )
 def test_penalties_keep_from_repeating(ask: Any, field: dict[str, float]) -> None:
-    prompt, long = "la la la la la la la la", {"max_tokens": 24, "ignore_eos": True}
+    long = {"max_tokens": 64, "ignore_eos": True, "return_token_ids": True}
 
     def repeated(answer: Any) -> int:
         ids = answer.choices[0].token_ids
         return len(ids) - len(set(ids))
 
-    plain = repeated(ask(prompt, return_token_ids=True, **long))
+    plain = repeated(ask(LONG, **long))
     assert plain > 12
-    assert repeated(ask(prompt, return_token_ids=True, **long, **field)) < plain
+    assert repeated(ask(LONG, **long, **field)) < plain
 
 
 def test_a_stop_string_across_tokens_is_held_back(ask: Any) -> None:
