@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -158,8 +159,13 @@ class Responses:
         return usage_of(asked, cached, generated, min(thought, generated))
 
     async def _keep(self, job: Job, streams: bool = False) -> None:
-        if job.response.store:
+        """Store it, if wanted. A store that is broken does not break answers."""
+        if not job.response.store:
+            return
+        try:
             await self._store.put(job.response, job.items, streams)
+        except sqlite3.Error:
+            logger.exception("a response could not be stored")
 
     # --- in the background
 
@@ -202,8 +208,9 @@ class Responses:
                 self._drop(name)
 
     def _drop(self, name: str) -> None:
-        if name in self._tasks:
-            self._tasks[name].cancel()
+        task = self._tasks.get(name)
+        if task is not None and not task.cancelling():  # once: its end may be under way
+            task.cancel()
 
     async def follow(self, name: str, after: int) -> AsyncIterator[bytes]:
         """The kept events behind number `after`, until the last."""
