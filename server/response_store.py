@@ -25,7 +25,16 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY, used REAL, expires REAL, size INTEGER, ended INTEGER, owner INTEGER,
     cancel INTEGER DEFAULT 0, streams INTEGER, response BLOB, items BLOB);
-CREATE INDEX IF NOT EXISTS by_use ON responses (used, size);
+CREATE INDEX IF NOT EXISTS by_use ON responses (used) WHERE ended;
+CREATE INDEX IF NOT EXISTS by_time ON responses (expires) WHERE ended;
+CREATE TABLE IF NOT EXISTS totals (one INTEGER PRIMARY KEY, count INTEGER, size INTEGER);
+INSERT OR IGNORE INTO totals VALUES (1, 0, 0);
+CREATE TRIGGER IF NOT EXISTS one_more AFTER INSERT ON responses
+    BEGIN UPDATE totals SET count = count + 1, size = size + NEW.size; END;
+CREATE TRIGGER IF NOT EXISTS another_size AFTER UPDATE OF size ON responses
+    BEGIN UPDATE totals SET size = size + NEW.size - OLD.size; END;
+CREATE TRIGGER IF NOT EXISTS one_less AFTER DELETE ON responses
+    BEGIN UPDATE totals SET count = count - 1, size = size - OLD.size; END;
 CREATE TABLE IF NOT EXISTS events (
     id TEXT, number INTEGER, frames BLOB, PRIMARY KEY (id, number)) WITHOUT ROWID;
 CREATE TRIGGER IF NOT EXISTS no_events AFTER DELETE ON responses
@@ -99,16 +108,14 @@ class ResponseStore:
 
     def _trim(self, now: float) -> None:
         self._db.execute("DELETE FROM responses WHERE expires < ? AND ended", (now,))
-        kept = "SELECT count(*), coalesce(sum(size), 0) FROM responses"
-        count, size = self._db.execute(kept).fetchone()
-        if count <= self.limits.count and size <= self.limits.size:
-            return
-        oldest = self._db.execute("SELECT id, size FROM responses WHERE ended ORDER BY used")
-        for name, own in oldest.fetchall():
+        oldest = "SELECT id FROM responses WHERE ended ORDER BY used LIMIT 1"
+        while True:
+            count, size = self._db.execute("SELECT count, size FROM totals").fetchone()
             if count <= self.limits.count and size <= self.limits.size:
-                break
-            self._db.execute("DELETE FROM responses WHERE id = ?", (name,))
-            count, size = count - 1, size - own
+                return
+            dropped = self._db.execute(f"DELETE FROM responses WHERE id = ({oldest})").rowcount
+            if not dropped:
+                return  # all the others are worked on
 
     async def get(self, name: str) -> Stored | None:
         """None when it was never kept, or is no more."""
