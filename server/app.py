@@ -19,14 +19,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from octavo.server.frontend import Frontend
 from octavo.server.protocol.errors import ApiError
 from octavo.server.respond import error_response, unauthorized
-from octavo.server.routes import chat, completions, health, models, tokenize
+from octavo.server.routes import chat, completions, health, models, page, tokenize
 
-GUARDED = "/v1"
+GUARDED = ("/v1", "/live")
 logger = logging.getLogger("octavo.server")
 
 
 class ApiKeys:
-    """Lets nobody past /v1 without one of the keys; compares in constant time."""
+    """Lets nobody past what is GUARDED without one of the keys; compares in constant time."""
 
     def __init__(self, app: ASGIApp, keys: list[str]) -> None:
         self._app = app
@@ -98,6 +98,9 @@ def create_app(
         Route("/ready", health.ready),
         Route("/version", health.version),
         Route("/metrics", health.metrics),
+        Route("/", page.page),
+        Route("/page/{name}", page.asset),
+        Route("/live", page.live),
     ]
     settings = frontend.settings
     middleware = []

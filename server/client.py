@@ -9,12 +9,22 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import msgspec
 import zmq
 
-from octavo.engine.messages import Abort, AddRequest, Dead, FromEngine, Output, Ready, Stats
+from octavo.engine.messages import (
+    Abort,
+    AddRequest,
+    Dead,
+    FromEngine,
+    Output,
+    Ready,
+    Stats,
+    View,
+    Watch,
+)
 from octavo.engine.process import (
     HANDLE_MASK,
     client_identity,
@@ -25,6 +35,7 @@ from octavo.engine.text.outputs import RequestOutput
 from octavo.engine.text.processor import OutputProcessor
 from octavo.server.metrics import Metrics
 from octavo.server.protocol.errors import ApiError, unavailable
+from octavo.server.views import Views
 
 HUNG_AFTER = 30.0  # seconds without a word from a ready engine
 TURN = 0.002  # seconds of outputs taken in before the streams may send
@@ -129,6 +140,7 @@ class EngineClient:
         self._heard = time.monotonic()
         self._watch: asyncio.Task[None] | None = None
         self.stats = Stats()
+        self.views = Views(self._ask_views)
         self.metrics = Metrics(model_name, lambda: self.stats)
         self.ready: Ready | None = None
         self.last_words: str | None = None
@@ -231,6 +243,14 @@ class EngineClient:
         if handles and self.last_words is None:
             self._requests.send(self._encode(Abort(handles)), zmq.NOBLOCK)
 
+    def watch(self) -> AsyncGenerator[View | None]:
+        """Views of the engine while they are iterated; None after a second without one."""
+        return self.views.watch()
+
+    def _ask_views(self, watch: Watch) -> None:
+        if self.last_words is None and not self._requests.closed:
+            self._requests.send(self._encode(watch), zmq.NOBLOCK)
+
     def fail_all(self, error: ApiError) -> None:
         """End every generation with an error, and the engine's work on it."""
         for generation in tuple(self._alive.values()):
@@ -264,6 +284,8 @@ class EngineClient:
             self.settled.set()
         elif isinstance(message, Dead):
             self._die(message.message)
+        elif isinstance(message, View):
+            self.views.put(message)
         else:
             self._take_output(message)
 
