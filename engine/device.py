@@ -15,9 +15,10 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.harvest import Rows
 from octavo.engine.host import Flight, Host, Launch, Limits
 from octavo.engine.masks import Masks
-from octavo.engine.plan import Packer
+from octavo.engine.plan import CHUNKS, Packer
 from octavo.engine.programs import Programs
 from octavo.engine.reader import Reader
+from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from octavo.engine.step import Machine
 
 logger = logging.getLogger(__name__)
@@ -78,28 +79,35 @@ class Device:
         if passed is not None:
             if launch.scored:
                 targets = jax.device_put(self._targets(host, flight)[None])
+                named = jax.device_put(named_of_chunks(flight)[None])
                 score = self.programs.score[launch.tokens]
-                flight.scores = score(self.head, passed.chunk_hidden, targets)
+                flight.scores = score(self.head, passed.chunk_hidden, targets, named)
             passed = replace(passed, chunk_hidden=None)
-            if launch.rich:
+            arguments = (self.head, self.state.slots, passed)
+            if launch.rich or launch.masked:
                 mask = jax.device_put(self.masks.build(host, flight)[None])
+            if launch.rich:
+                named = jax.device_put(named_of_rows(flight)[None])
                 rich = self.programs.rich[launch.rows]
-                slots, packed, flight.rich = rich(self.head, self.state.slots, passed, mask)
+                slots, packed, flight.rich = rich(*arguments, mask, named)
+            elif launch.masked:
+                slots, packed = self.programs.masked[launch.rows](*arguments, mask)
             else:
                 choices = self.programs.greedy if launch.greedy else self.programs.sample
                 sample = choices[launch.rows]
-                slots, packed = sample(self.head, self.state.slots, passed)
+                slots, packed = sample(*arguments)
             self.state = replace(self.state, slots=slots)
             flight.result = (packed, *flight.result)
         self.reader.expect((flight.result, flight.rich, flight.scores))
 
     def _targets(self, host: Host, flight: Flight) -> np.ndarray:
-        """i32[T] the token that follows each chunk token."""
-        targets = np.zeros(flight.tokens, np.int32)
+        """i32[2, T] the token that follows each chunk token, and its chunk."""
+        targets = np.zeros((2, flight.tokens), np.int32)
         at = 0
-        for sequence, start, count, _ in flight.chunks:
+        for chunk, (sequence, start, count, _) in enumerate(flight.chunks):
             following = host.tokens[sequence.slot, start + 1 : start + 1 + count]
-            targets[at : at + len(following)] = following
+            targets[0, at : at + len(following)] = following
+            targets[1, at : at + count] = chunk
             at += count
         return targets
 
@@ -128,6 +136,25 @@ class Device:
                 leaf.delete()
         self.state = self.params = self.head = None
         self.programs = None  # type: ignore[assignment]
+
+
+def named_of_rows(flight: Flight) -> np.ndarray:
+    """i32[R, M] the tokens whose log probabilities each row's request named; zeros elsewhere."""
+    named = np.zeros((flight.rows, MAX_LOGPROB_TOKEN_IDS), np.int32)
+    for row, sequence in enumerate(flight.sequences):
+        if sequence is not None and sequence.request.sampling.logprob_token_ids:
+            ids = sequence.request.sampling.logprob_token_ids
+            named[row, : len(ids)] = ids
+    return named
+
+
+def named_of_chunks(flight: Flight) -> np.ndarray:
+    """i32[CHUNKS, M] the same for the prompts that run in this step."""
+    named = np.zeros((CHUNKS, MAX_LOGPROB_TOKEN_IDS), np.int32)
+    for chunk, (sequence, *_) in enumerate(flight.chunks):
+        ids = sequence.request.sampling.prompt_logprob_token_ids or ()
+        named[chunk, : len(ids)] = ids
+    return named
 
 
 def use_cache(folder: str) -> None:

@@ -34,8 +34,10 @@ class Rows:
 
     packed: np.ndarray  # i32[4, R] flags, token, logprob bits, length after
     taken: np.ndarray  # i32[G * (2 + capacity)] free_top, count, pages
-    rich: tuple[np.ndarray, ...] = ()  # ids i32[R, k], logprobs f32[R, k], rank i32[R]
-    scores: tuple[np.ndarray, ...] = ()  # ids i32[T, k], logprobs, the targets' f32[T], rank i32[T]
+    # ids i32[R, k], logprobs f32[R, k], rank i32[R], of the named tokens f32[R, M]
+    rich: tuple[np.ndarray, ...] = ()
+    # ids i32[T, k], logprobs f32[T, k], the targets' f32[T], rank i32[T], of the named f32[T, M]
+    scores: tuple[np.ndarray, ...] = ()
 
 
 def harvest(host: Host, flight: Flight, rows: Rows | None) -> Harvest:
@@ -110,7 +112,7 @@ def _collect_tokens(
     out.tokens = token[heard]
     host.counters.generation_tokens += len(out.tokens)
     if rows.rich:
-        ids, values, rank = rows.rich
+        ids, values, rank, named = rows.rich
         chosen = rows.packed[2].view(np.float32)
         for row in np.flatnonzero(live & (slots >= 0)).tolist():
             sequence = flight.sequences[row]
@@ -126,6 +128,8 @@ def _collect_tokens(
                     ids[row],
                     values[row],
                     sequence.request.sampling.logprobs or 0,
+                    sequence.request.sampling.logprob_token_ids or [],
+                    named[row],
                 )
             )
 
@@ -139,15 +143,19 @@ def _logprobs(
     ids: np.ndarray,
     values: np.ndarray,
     count: int,
+    asked: list[int],
+    named: np.ndarray,
 ) -> Logprobs:
     """One position's message; count -1 asks for all that there are."""
     count = len(ids) if count < 0 else min(count, len(ids))
+    named = named[: len(asked)]
     return Logprobs(
         handle=sequence.handle,
         position=position,
-        tokens=np.concatenate([[token], ids[:count]]).astype(np.int32).tobytes(),
-        logprobs=np.concatenate([[chosen], values[:count]]).astype(np.float32).tobytes(),
+        tokens=np.concatenate([[token], ids[:count], asked]).astype(np.int32).tobytes(),
+        logprobs=np.concatenate([[chosen], values[:count], named]).astype(np.float32).tobytes(),
         rank=rank,
+        named=len(asked),
     )
 
 
@@ -167,8 +175,9 @@ def _collect_chunks(host: Host, flight: Flight, rows: Rows, out: Harvest) -> Non
 def _score(
     sequence: Sequence, host: Host, rows: Rows, start: int, count: int, offset: int, out: Harvest
 ) -> None:
-    ids, values, chosen, rank = rows.scores
-    most = sequence.request.sampling.prompt_logprobs or 0
+    ids, values, chosen, rank, named = rows.scores
+    sampling = sequence.request.sampling
+    most, asked = sampling.prompt_logprobs or 0, sampling.prompt_logprob_token_ids or []
     for i in range(count):
         position = start + i + 1
         if position < sequence.prompt_scored or position >= sequence.prompt_len:
@@ -186,6 +195,8 @@ def _score(
                 ids[at],
                 values[at],
                 most,
+                asked,
+                named[at],
             )
         )
 
@@ -209,7 +220,7 @@ def _stop_late(
         sequence = host.occupant[slot]
         assert sequence is not None, f"{slot=} is empty"
         generated = int(host.known[slot]) - sequence.prompt_len
-        few = generated < sequence.request.sampling.min_tokens
+        few = generated < sequence.min_tokens
         if few or int(token[row]) not in sequence.stop_ids[STOP_IDS:]:
             continue
         if flags[row] & FINISHED:

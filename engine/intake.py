@@ -87,12 +87,10 @@ class Intake:
     def _check_unserved(self, sampling: SamplingParams) -> None:
         """What this version cannot do is refused, never ignored."""
         unserved = {
-            "structured_outputs": sampling.structured_outputs,
             "thinking_token_budget": sampling.thinking_token_budget,
-            "prompt_logprob_token_ids": sampling.prompt_logprob_token_ids,
-            "prompt_logprob_start": sampling.prompt_logprob_start,
-            "logprob_token_ids": sampling.logprob_token_ids,
         }
+        if sampling.structured_outputs is not None:
+            raise Refused("`structured_outputs` came without the grammar that a client makes of it")
         for name, value in unserved.items():
             if value is not None:
                 raise Refused(f"`{name}` is not served by this version; leave it out")
@@ -109,6 +107,8 @@ class Intake:
         ids = {
             "allowed_token_ids": sampling.allowed_token_ids or (),
             "logit_bias": sampling.logit_bias or (),
+            "logprob_token_ids": sampling.logprob_token_ids or (),
+            "prompt_logprob_token_ids": sampling.prompt_logprob_token_ids or (),
             "stop_token_ids": sampling.stop_token_ids,
             "bad_words": [i for word in request.bad_words for i in word],
         }

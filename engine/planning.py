@@ -7,19 +7,24 @@ from octavo.backends.select import select
 from octavo.engine.assemble import cache_maker, open_model
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.device import use_cache
+from octavo.engine.encoder_plan import EncoderMemory, plan_encoder
 from octavo.engine.host import Limits
 from octavo.engine.memory import MemoryPlan, Resolved, resolve, size
 from octavo.engine.programs import Programs
+from octavo.engine.runner import choose_runner
 from octavo.engine.step import Machine
 from octavo.models.config import ModelConfig
 
 
-def plan_memory(config: EngineConfig) -> MemoryPlan:
+def plan_memory(config: EngineConfig) -> MemoryPlan | EncoderMemory:
     """The plan, with the workspace that the largest compiled programs really need.
 
     Raises ConfigError where it does not fit.
     """
     config.validate()
+    if choose_runner(config) == "pooling":
+        use_cache(config.compilation_cache)
+        return plan_encoder(config)
     backend = select(config.device)
     with closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 
 from octavo.engine import step
 from octavo.engine.compiles import WATCH
+from octavo.engine.grammar.guide import mask_words
 from octavo.engine.host import Limits
-from octavo.engine.masks import mask_words
-from octavo.engine.plan import plan_size
+from octavo.engine.plan import CHUNKS, plan_size
+from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from octavo.engine.state import EngineState, empty_pages, empty_slots
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -57,6 +58,7 @@ class Programs:
     forward: dict[tuple[int, int], Any] = field(default_factory=dict)
     greedy: dict[int, Any] = field(default_factory=dict)
     sample: dict[int, Any] = field(default_factory=dict)
+    masked: dict[int, Any] = field(default_factory=dict)
     rich: dict[int, Any] = field(default_factory=dict)
     score: dict[int, Any] = field(default_factory=dict)
 
@@ -111,12 +113,12 @@ class Programs:
             passed = jax.eval_shape(forwards[rows, tokens], *arguments)[1]
             if tokens and tokens not in self.score:
                 hidden = passed.chunk_hidden
-                targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+                targets = jax.ShapeDtypeStruct((1, 2, tokens), jnp.int32)
+                named = jax.ShapeDtypeStruct((1, CHUNKS, MAX_LOGPROB_TOKEN_IDS), jnp.int32)
                 function = _score(machine, self._most_logprobs())
                 place = self._put(self.score, tokens)
-                jobs.append(
-                    (f"score {tokens} tokens", place, function, (head, hidden, targets), ())
-                )
+                scored = (head, hidden, targets, named)
+                jobs.append((f"score {tokens} tokens", place, function, scored, ()))
             elif not tokens:
                 jobs += self._sample_jobs(head, state.slots, passed, rows)
         return jobs
@@ -126,12 +128,15 @@ class Programs:
         machine = self.machine
         rows_only = replace(passed, chunk_hidden=None)
         mask = jax.ShapeDtypeStruct((1, rows, mask_words(machine.dims.vocab)), jnp.uint32)
+        named = jax.ShapeDtypeStruct((1, rows, MAX_LOGPROB_TOKEN_IDS), jnp.int32)
         rich = _rich(machine, self._most_logprobs())
+        masked = _masked(machine)
         plain = (head, slots, rows_only)
         return [
             (f"greedy {rows} rows", self._put(self.greedy, rows), _greedy(machine), plain, (1,)),
             (f"sample {rows} rows", self._put(self.sample, rows), _sample(machine), plain, (1,)),
-            (f"rich {rows} rows", self._put(self.rich, rows), rich, (*plain, mask), (1,)),
+            (f"masked {rows} rows", self._put(self.masked, rows), masked, (*plain, mask), (1,)),
+            (f"rich {rows} rows", self._put(self.rich, rows), rich, (*plain, mask, named), (1,)),
         ]
 
     def _most_logprobs(self) -> int:
@@ -151,6 +156,7 @@ class Programs:
             *self.forward.values(),
             *self.greedy.values(),
             *self.sample.values(),
+            *self.masked.values(),
             *self.rich.values(),
         ]
         every += [*self.score.values()]
@@ -196,19 +202,25 @@ def _sample(machine: step.Machine) -> Any:
     return sample
 
 
+def _masked(machine: step.Machine) -> Any:
+    def masked(head: Any, slots: Any, passed: Any, mask: jax.Array) -> Any:
+        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed), mask[0])
+        return as_shard((after, packed))
+
+    return masked
+
+
 def _rich(machine: step.Machine, logprobs: int) -> Any:
-    def rich(head: Any, slots: Any, passed: Any, mask: jax.Array) -> Any:
-        return as_shard(
-            step.sample(
-                machine, head, one_shard(slots), one_shard(passed), mask[0], logprobs=logprobs
-            )
-        )
+    def rich(head: Any, slots: Any, passed: Any, mask: jax.Array, named: jax.Array) -> Any:
+        rows = (one_shard(slots), one_shard(passed), mask[0], named[0])
+        return as_shard(step.sample(machine, head, *rows, logprobs=logprobs))
 
     return rich
 
 
 def _score(machine: step.Machine, logprobs: int) -> Any:
-    def score(head: Any, hidden: jax.Array, targets: jax.Array) -> Any:
-        return as_shard(step.score(machine, head, hidden[0], targets[0], logprobs=logprobs))
+    def score(head: Any, hidden: jax.Array, targets: jax.Array, named: jax.Array) -> Any:
+        parts = (hidden[0], targets[0], named[0])
+        return as_shard(step.score(machine, head, *parts, logprobs=logprobs))
 
     return score

@@ -1,7 +1,7 @@
 """What happens when a step raises: its donated state is gone, the requests are not.
 
 An empty state takes its place, and every request starts again from its tokens on the host. A second
-failure in a row is fatal, and says why.
+failure before a request got its next token is fatal, and says why.
 """
 
 import logging
@@ -27,9 +27,10 @@ class Recovery:
         self._idle_failure = False
 
     def step_failed(self, host: Host, error: Exception) -> None:
-        """Requeue everybody once. Raises EngineFailure where somebody was requeued before."""
+        """Requeue everybody. Raises EngineFailure where nothing came between two failures."""
         inside = [s for s in host.occupant if s is not None]
-        if any(s.retried for s in inside) or (not inside and self._idle_failure):
+        stuck = any(s.failed_at >= host.known[s.slot] for s in inside)
+        if stuck or (not inside and self._idle_failure):
             raise EngineFailure(
                 f"a step failed again after a restart, with {type(error).__name__}: {error}"
             ) from error
@@ -39,7 +40,7 @@ class Recovery:
             "a step failed (%s: %s); its requests start again", type(error).__name__, error
         )
         for sequence in inside:
-            sequence.retried = True
+            sequence.failed_at = int(host.known[sequence.slot])
         requeue(host)
 
 

@@ -29,7 +29,7 @@ class ParameterError(ValueError):
 
     def __init__(self, parameter: str, problem: str) -> None:
         super().__init__(f"`{parameter}` {problem}")
-        self.parameter = parameter
+        self.parameter, self.problem = parameter, problem
 
 
 class RequestOutputKind(enum.IntEnum):
@@ -200,7 +200,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             force_setattr(self, "top_k", 0)
         if self.logprobs is True:  # the completions endpoint of old said true for 1
             force_setattr(self, "logprobs", 1)
-        if self.skip_reading_prefix_cache is None and self.prompt_logprobs is not None:
+        scored = self.prompt_logprobs is not None or self.prompt_logprob_token_ids
+        if self.skip_reading_prefix_cache is None and scored:
             force_setattr(self, "skip_reading_prefix_cache", True)
         if not isinstance(self.output_kind, RequestOutputKind):
             force_setattr(self, "output_kind", RequestOutputKind(self.output_kind))
@@ -282,11 +283,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                     raise ParameterError(name, f"must be token ids of at least 0, got {token!r}")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ParameterError("allowed_token_ids", "must not be empty: nothing could be chosen")
-        if len(self.logprob_token_ids or ()) > MAX_LOGPROB_TOKEN_IDS:
-            count = len(self.logprob_token_ids or ())
-            raise ParameterError(
-                "logprob_token_ids", f"takes at most {MAX_LOGPROB_TOKEN_IDS} ids, got {count}"
-            )
+        for name in ("logprob_token_ids", "prompt_logprob_token_ids"):
+            if (count := len(getattr(self, name) or ())) > MAX_LOGPROB_TOKEN_IDS:
+                raise ParameterError(
+                    name, f"takes at most {MAX_LOGPROB_TOKEN_IDS} ids, got {count}"
+                )
 
 
 def default_fields(generation_config: dict[str, Any]) -> dict[str, Any]:

@@ -252,14 +252,15 @@ def _launch(
         stops=stops,
         windows=windows,
     )
-    live = [s for s in flight.sequences if s is not None] if special else []
+    asking = [s for s in flight.sequences if s is not None] if special else []
+    asking += finals
     launch = Launch(
         draft,
         flight,
         rows,
         token_bucket,
-        rich=special or any(s.wants_logprobs or s.masked for s in finals),
-        masked=any(s.masked for s in live) or any(s.masked for s in finals),
+        rich=any(s.wants_logprobs for s in asking),
+        masked=any(s.masked for s in asking),
         scored=any(s.wants_prompt_logprobs for s, _, _, _ in chunks),
         greedy=not bool((host.choosy[:rows] & decoding[:rows]).any())
         and not any(s.choosy for s in finals),

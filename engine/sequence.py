@@ -5,6 +5,7 @@ from enum import Enum
 
 import numpy as np
 
+from octavo.engine.grammar.guide import Guide
 from octavo.engine.messages import AddRequest
 from octavo.engine.prefix import seed_hash
 from octavo.engine.state import STOP_IDS
@@ -13,6 +14,7 @@ from octavo.engine.state import STOP_IDS
 class Phase(Enum):
     """Where a sequence is."""
 
+    COMPILING = "compiling"  # its grammar is being built; not in the queue yet
     WAITING = "waiting"  # in the queue, in no slot
     RUNNING = "running"  # in a slot
     STOPPING = "stopping"  # aborted, its stop not harvested yet: tokens are dropped
@@ -39,13 +41,15 @@ class Sequence:
     phase: Phase = Phase.WAITING
     slot: int = -1
     started: bool = False  # its Start was sent
-    retried: bool = False  # a step failed while it ran, and it began again
+    failed_at: int = -1  # tokens known when a step last failed while it ran
     prompt_scored: int = 1  # prompt positions whose log probabilities were sent; the first has none
     hashes: list[bytes] = field(default_factory=list)
     root: bytes = b""  # the name of the empty prefix
     deadline: float = 0.0
+    guide: Guide | None = None  # its place in its grammar, once that is compiled
 
     def __post_init__(self) -> None:
+        self.prompt_scored = max(1, self.request.sampling.prompt_logprob_start or 0)
         self.root = seed_hash(self.request.cache_salt, 0, self.kv_dtype)
 
     @property
@@ -63,22 +67,31 @@ class Sequence:
     @property
     def wants_logprobs(self) -> bool:
         """Log probabilities beside each output token."""
-        return self.request.sampling.logprobs is not None
+        sampling = self.request.sampling
+        return sampling.logprobs is not None or bool(sampling.logprob_token_ids)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Log probabilities of the prompt's own tokens."""
-        return self.request.sampling.prompt_logprobs is not None and self.choice == 0
+        sampling = self.request.sampling
+        wanted = sampling.prompt_logprobs is not None or bool(sampling.prompt_logprob_token_ids)
+        return wanted and self.choice == 0
 
     @property
     def masked(self) -> bool:
         """Needs a mask from the host before it is sampled."""
         sampling = self.request.sampling
         return bool(
-            sampling.allowed_token_ids
+            self.request.grammar
+            or sampling.allowed_token_ids
             or self.request.bad_words
             or (sampling.min_tokens and len(self.stop_ids) > STOP_IDS)
         )
+
+    @property
+    def min_tokens(self) -> int:
+        """Tokens before which the device allows no end; beside a grammar the mask does that."""
+        return 0 if self.request.grammar else self.request.sampling.min_tokens
 
     @property
     def reads_cache(self) -> bool:

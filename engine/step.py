@@ -27,7 +27,13 @@ from octavo.engine.state import BY_STOP, FINISHED, LIVE, Dims, EngineState, Page
 from octavo.models.ops import AttentionSpec, Ops
 from octavo.models.registry import Model
 from octavo.pallas_kernels.attention.batch import RaggedBatch
-from octavo.pallas_kernels.sampling import Controls, Edits, count_generated, top_logprobs
+from octavo.pallas_kernels.sampling import (
+    Controls,
+    Edits,
+    count_generated,
+    named_logprobs,
+    top_logprobs,
+)
 from octavo.pallas_kernels.sampling import argmax as likeliest
 from octavo.pallas_kernels.sampling import sample as sample_tokens
 
@@ -228,6 +234,7 @@ def sample(
     slots: SlotState,
     passed: Passed,
     mask: jax.Array | None = None,
+    named: jax.Array | None = None,
     *,
     logprobs: int = 0,
     greedy: bool = False,
@@ -237,8 +244,9 @@ def sample(
     greedy: the host knows that every live row takes the likeliest token of the logits as they come.
 
     mask u32[R, ceil(V / 32)]: bit v of a row allows token v. logprobs > 0 also returns the
-    likeliest. Returns the slots, rows i32[4, R] (flags, token, logprob bits, length after), and
-    with logprobs (ids i32[R, k], logprobs f32[R, k], rank i32[R]), else an empty tuple.
+    likeliest, and the log probabilities of the tokens named i32[R, M]. Returns the slots, rows
+    i32[4, R] (flags, token, logprob bits, length after), and with logprobs (ids i32[R, k],
+    logprobs f32[R, k], rank i32[R], those of the named f32[R, M]), else an empty tuple.
     """
     live = passed.live
     rows = live.shape[0]
@@ -264,7 +272,8 @@ def sample(
     extra: tuple[jax.Array, ...] = ()
     if logprobs:
         ids, values, _, rank = top_logprobs(logits, token, logprobs)
-        extra = (ids, values, rank)
+        assert named is not None, "logprobs come with the tokens named by requests"
+        extra = (ids, values, rank, named_logprobs(logits, named))
     return slots, packed, extra
 
 
@@ -309,24 +318,28 @@ def _advance(slots: SlotState, token: jax.Array, live: jax.Array, finished: jax.
 
 
 def score(
-    machine: Machine, params: Any, hidden: jax.Array, targets: jax.Array, *, logprobs: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    machine: Machine,
+    params: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    named: jax.Array,
+    *,
+    logprobs: int,
+) -> tuple[jax.Array, ...]:
     """Log probabilities of a prompt's own tokens.
 
-    hidden [T, E], targets i32[T]: the token that follows each. Returns ids i32[T, k], their
-    logprobs f32[T, k], the targets' f32[T] and ranks i32[T]. Blocks of tokens bound the memory of
-    the logits.
+    hidden [T, E]; targets i32[2, T]: the token that follows each, and its chunk; named
+    i32[CHUNKS, M]: tokens that each chunk's request wants too. Returns ids i32[T, k], their
+    logprobs f32[T, k], the targets' f32[T], ranks i32[T] and those of the named f32[T, M]. Blocks
+    of tokens bound the memory of the logits.
     """
     block = next(n for n in (64, 32, 16, 8, 4, 2, 1) if hidden.shape[0] % n == 0)
 
-    def one(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        logits = machine.model.logits(params, pair[0], _ops(machine, ()))
-        ids, values, chosen, rank = top_logprobs(logits, pair[1], logprobs)
-        return ids, values, chosen, rank
+    def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        rows, target, chunk = part
+        logits = machine.model.logits(params, rows, _ops(machine, ()))
+        return (*top_logprobs(logits, target, logprobs), named_logprobs(logits, named[chunk]))
 
-    parts = jax.lax.map(
-        one, (hidden.reshape(-1, block, hidden.shape[1]), targets.reshape(-1, block))
-    )
-    ids, values, chosen, rank = parts
-    flat = (-1, logprobs)
-    return ids.reshape(flat), values.reshape(flat), chosen.reshape(-1), rank.reshape(-1)
+    target, chunk = targets.reshape(2, -1, block)
+    parts = jax.lax.map(one, (hidden.reshape(-1, block, hidden.shape[1]), target, chunk))
+    return tuple(part.reshape(-1, *part.shape[2:]) for part in parts)

@@ -1,54 +1,28 @@
 """The Starlette application: which route is whose, who may ask, and how an error becomes a body."""
 
-import hashlib
-import hmac
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo.server.frontend import Frontend
+from octavo.server.keys import ApiKeys, needs_key
+from octavo.server.observe import Observed, log_line
+from octavo.server.openapi import document, page
 from octavo.server.protocol.errors import ApiError
-from octavo.server.respond import error_response, unauthorized
-from octavo.server.routes import chat, completions, health, models, page, tokenize
+from octavo.server.respond import error_response
+from octavo.server.routes import page as live_page
+from octavo.server.routes.table import ENDPOINTS
 
-GUARDED = ("/v1", "/live")
 logger = logging.getLogger("octavo.server")
-
-
-class ApiKeys:
-    """Lets nobody past what is GUARDED without one of the keys; compares in constant time."""
-
-    def __init__(self, app: ASGIApp, keys: list[str]) -> None:
-        self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and scope["path"].startswith(GUARDED)
-        if guarded and scope["method"] != "OPTIONS" and not self._knows(scope):
-            await unauthorized()(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _knows(self, scope: Scope) -> bool:
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = header.partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        digest = hashlib.sha256(key).digest()
-        known = False
-        for own in self._digests:  # all of them, always: time says nothing about which
-            known |= hmac.compare_digest(digest, own)
-        return known
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
@@ -67,6 +41,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     )
 
 
+async def _too_deep(_: Request, error: Exception) -> Response:
+    """A body may be read and still be too deep for what works on it: templates, schemas."""
+    logger.warning("a request was nested too deeply", exc_info=error)
+    return error_response(ApiError(400, "the body is nested too deeply"))
+
+
 async def _bug(_: Request, error: Exception) -> Response:
     logger.error("a request failed", exc_info=error)
     return error_response(ApiError(500, "internal error; the server's log has the details"))
@@ -81,37 +61,33 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         frontend.client.start()
+        frontend.siblings.start()
         if on_start is not None:
             on_start()
         yield
+        frontend.siblings.stop()
         await frontend.client.close()
+        frontend.grammars.close()
 
-    routes = [
-        Route("/v1/chat/completions", chat.create, methods=["POST"]),
-        Route("/v1/completions", completions.create, methods=["POST"]),
-        Route("/v1/models", models.listing),
-        Route("/v1/models/{name:path}", models.one),
-        Route("/tokenize", tokenize.tokenize, methods=["POST"]),
-        Route("/detokenize", tokenize.detokenize, methods=["POST"]),
-        Route("/health", health.health),
-        Route("/ping", health.health, methods=["GET", "POST"]),
-        Route("/ready", health.ready),
-        Route("/version", health.version),
-        Route("/metrics", health.metrics),
-        Route("/", page.page),
-        Route("/page/{name}", page.asset),
-        Route("/live", page.live),
-    ]
+    routes = [*(endpoint.route() for endpoint in ENDPOINTS), *live_page.ROUTES]
     settings = frontend.settings
-    middleware = []
+    tell = [log_line()] if settings.enable_log_requests else []
+    middleware = [Middleware(Observed, figures=frontend.client.figures, tell=tell)]
     if settings.cors_origin:
         cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.append(Middleware(CORSMiddleware, allow_origins=settings.cors_origin, **cors))
     if settings.api_key:
-        middleware.append(Middleware(ApiKeys, keys=settings.api_key))
-    handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _bug}
+        middleware.append(Middleware(ApiKeys, settings=settings))
+    handlers: dict[Any, Any] = {
+        ApiError: _api_error,
+        HTTPException: _http_error,
+        RecursionError: _too_deep,
+        Exception: _bug,
+    }
     app = Starlette(
         routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan
     )
     app.state.frontend = frontend
+    described = document(ENDPOINTS, lambda path: needs_key(settings, path))
+    app.state.openapi, app.state.docs = msgspec.json.encode(described), page(described)
     return app

@@ -10,6 +10,16 @@ from octavo.server.client import Generation
 
 
 @dataclass
+class ToolCall:
+    """A call of a tool, or a piece of one: pieces of the same index follow each other."""
+
+    index: int  # which call of its choice
+    id: str | None = None  # with the first piece only
+    name: str | None = None  # with the first piece only
+    arguments: str = ""  # JSON text, or the next part of it
+
+
+@dataclass
 class Delta:
     """What is new for one choice; what piled up between two looks is one delta."""
 
@@ -22,6 +32,8 @@ class Delta:
     stop_reason: int | str | None = None
     prompt_logprobs: list[Any] | None = None
     cached_tokens: int = 0
+    reasoning: str = ""  # thought before the answer, kept out of `text`
+    tool_calls: list[ToolCall] = field(default_factory=list)  # likewise
 
     @property
     def finish(self) -> tuple[str, int | str | None] | None:
@@ -37,6 +49,21 @@ class Delta:
         self.stop_reason = self.stop_reason if other.stop_reason is None else other.stop_reason
         self.prompt_logprobs = self.prompt_logprobs or other.prompt_logprobs
         self.cached_tokens = max(self.cached_tokens, other.cached_tokens)
+        self.reasoning += other.reasoning
+        for call in other.tool_calls:
+            if self.tool_calls and self.tool_calls[-1].index == call.index:
+                self.tool_calls[-1].arguments += call.arguments
+            else:
+                self.tool_calls.append(call)
+
+
+def merge(choices: dict[int, Delta], batch: list[Delta]) -> None:
+    """Add what is new to what each choice said so far."""
+    for delta in batch:
+        if delta.index in choices:
+            choices[delta.index].extend(delta)
+        else:
+            choices[delta.index] = delta
 
 
 def to_deltas(prompt: int, batch: list[RequestOutput]) -> list[Delta]:
@@ -99,9 +126,5 @@ async def collect(generations: list[Generation]) -> list[list[Delta]]:
     whole: list[dict[int, Delta]] = [{} for _ in generations]
     async for batch in deltas(generations):
         for delta in batch:
-            choices = whole[delta.prompt]
-            if delta.index in choices:
-                choices[delta.index].extend(delta)
-            else:
-                choices[delta.index] = delta
+            merge(whole[delta.prompt], [delta])
     return [[choices[i] for i in sorted(choices)] for choices in whole]

@@ -25,7 +25,7 @@ class LiveState(msgspec.Struct, tag_field="kind", tag="state"):
     state: str  # "starting" | "ready" | "trouble" | "stopped"
     message: str
     model: str
-    mode: str  # "chat" | "text": has no chat template | "embedding": generates nothing
+    mode: str  # "chat" | "text": has no chat template | "embedding" | "score": generates nothing
     max_model_len: int
     version: str
 
@@ -75,8 +75,9 @@ def state_of(frontend: Frontend) -> LiveState:
 
 def mode_of(frontend: Frontend) -> str:
     """What a page can do with this model besides looking on."""
-    if getattr(frontend, "embeds", False):
-        return "embedding"
+    ready = frontend.client.ready
+    if ready is not None and ready.pooler is not None:
+        return "embedding" if ready.pooler.task == "embed" else "score"
     return "chat" if frontend.chats else "text"
 
 

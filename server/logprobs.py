@@ -16,14 +16,19 @@ def _shown(token: int, entry: Any, as_ids: bool) -> str:
     return f"token_id:{token}" if as_ids else (entry.decoded_token or "")
 
 
+def _likeliest(row: Row, top: int) -> list[tuple[int, Any]]:
+    best = sorted(row.items(), key=lambda item: -item[1].logprob)
+    return best if top < 0 else best[:top]
+
+
 def chat_logprobs(
     token_ids: Sequence[int], rows: Sequence[Row], top: int, as_ids: bool
 ) -> ChoiceLogprobs:
-    """`top` alternatives beside each token."""
+    """`top` alternatives beside each token; -1 shows all that came."""
     content = []
     for token, row in zip(token_ids, rows, strict=False):
         own = _top(token, row[token], as_ids)
-        best = sorted(row.items(), key=lambda item: -item[1].logprob)[:top]
+        best = _likeliest(row, top)
         others = [_top(t, entry, as_ids) for t, entry in best]
         content.append(TokenLogprob(own.token, own.logprob, own.bytes, others))
     return ChoiceLogprobs(content)
@@ -42,9 +47,9 @@ def completion_logprobs(
     as_ids: bool,
     text_of: Callable[[int], str],
 ) -> CompletionLogprobs:
-    """`offset` characters of the choice come before the first of these tokens.
-
-    A row of None is the first token of an echoed prompt: nothing came before it to predict it.
+    """`offset` characters of the choice come before the first of these tokens. `top` alternatives
+    beside each; -1 shows all that came. A row of None is the first token of an echoed prompt:
+    nothing came before it to predict it.
     """
     made = CompletionLogprobs([], [], [], [])
     for token, row in zip(token_ids, rows, strict=False):
@@ -59,7 +64,7 @@ def completion_logprobs(
         offset += len(row[token].decoded_token or "")
         made.tokens.append(shown)
         made.token_logprobs.append(max(row[token].logprob, LOWEST))
-        best = sorted(row.items(), key=lambda item: -item[1].logprob)[: max(top, 0)]
+        best = _likeliest(row, top)
         made.top_logprobs.append(
             {_shown(t, e, as_ids): max(e.logprob, LOWEST) for t, e in best}
             | {shown: max(row[token].logprob, LOWEST)}

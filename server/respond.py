@@ -4,7 +4,7 @@ import json
 from typing import TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from octavo.server.frontend import Frontend
@@ -26,14 +26,19 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     if announced.isdecimal() and int(announced) > limit:
         raise ApiError(413, f"the body has {announced} bytes, more than the limit of {limit}")
     raw = bytearray()
-    async for piece in request.stream():
-        raw += piece
-        if len(raw) > limit:
-            raise ApiError(413, f"the body has more than the limit of {limit} bytes")
+    try:
+        async for piece in request.stream():
+            raw += piece
+            if len(raw) > limit:
+                raise ApiError(413, f"the body has more than the limit of {limit} bytes")
+    except ClientDisconnect:
+        raise ApiError(499, "the client left before its body was whole") from None
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:
         raise from_validation(error) from None
+    except RecursionError:
+        raise bad_request("the body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise bad_request(f"the body is not JSON: {_where(bytes(raw), error)}") from None
 
@@ -43,6 +48,8 @@ def _where(raw: bytes, error: Exception) -> str:
         json.loads(raw)
     except ValueError as found:  # this decoder tells line and column
         return str(found)
+    except RecursionError:
+        pass
     return str(error)
 
 
@@ -53,11 +60,5 @@ def json_response(body: object, status: int = 200, request_id: str = "") -> Resp
 
 def error_response(error: ApiError) -> Response:
     response = json_response(error.body(), error.status)
-    if error.retry_after is not None:
-        response.headers["retry-after"] = str(error.retry_after)
+    response.headers.update(error.headers)
     return response
-
-
-def unauthorized() -> Response:
-    """Not in OpenAI's shape: what clients of this API's other servers expect for a bad key."""
-    return json_response({"error": "Unauthorized"}, 401)

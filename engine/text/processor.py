@@ -48,7 +48,7 @@ class _Request:
         self.open = params.n  # sequences that go on
         self.metrics = RequestMetrics()
         self.cached: int | None = None
-        wanted = params.prompt_logprobs is not None
+        wanted = params.prompt_logprobs is not None or bool(params.prompt_logprob_token_ids)
         self.prompt_logprobs: list[PositionLogprobs | None] | None = (
             [None] * len(prompt_ids) if wanted else None
         )
@@ -78,7 +78,9 @@ class _Sequence:
         self.detokenizer = detokenizer
         # Nobody reads the text before the end and nothing is looked for in it: decode it then.
         self.lazy = request.kind is RequestOutputKind.FINAL_ONLY and not params.stop_strings
-        self.logprobs: list[PositionLogprobs] | None = [] if params.logprobs is not None else None
+        self.logprobs: list[PositionLogprobs] | None = (
+            [] if params.logprobs is not None or params.logprob_token_ids else None
+        )
         self.cumulative = 0.0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -327,10 +329,12 @@ class OutputProcessor:
         tokens = np.frombuffer(entry.tokens, "<i4").tolist()
         values = np.frombuffer(entry.logprobs, "<f4").tolist()
         position: PositionLogprobs = {}
-        for rank, (token, value) in enumerate(zip(tokens, values, strict=True)):
+        ranked = len(tokens) - entry.named
+        for i, (token, value) in enumerate(zip(tokens, values, strict=True)):
             if token not in position:  # the token itself comes first and may be among the likeliest
                 text = self._tokenizer.token_text(token) if self._tokenizer is not None else None
-                position[token] = Logprob(value, rank or entry.rank, text)
+                rank = entry.rank if i == 0 else i if i < ranked else None
+                position[token] = Logprob(value, rank, text)
         if entry.position < len(request.prompt_ids):
             if request.prompt_logprobs is not None:
                 request.prompt_logprobs[entry.position] = position

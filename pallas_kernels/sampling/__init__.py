@@ -2,7 +2,7 @@
 
 from octavo.pallas_kernels.sampling.controls import NS, OFF, Controls
 from octavo.pallas_kernels.sampling.penalties import Edits, count_generated, mark_prompt
-from octavo.pallas_kernels.sampling.sample import argmax, sample, top_logprobs
+from octavo.pallas_kernels.sampling.sample import argmax, named_logprobs, sample, top_logprobs
 
 __all__ = [
     "NS",
@@ -12,6 +12,7 @@ __all__ = [
     "argmax",
     "count_generated",
     "mark_prompt",
+    "named_logprobs",
     "sample",
     "top_logprobs",
 ]

@@ -69,6 +69,12 @@ def top_logprobs(
     return ids.astype(jnp.int32), values - total[:, None], chosen - total, rank
 
 
+def named_logprobs(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """f32[R, M] log_softmax of logits f32[R, V] at ids i32[R, M]."""
+    picked = jnp.take_along_axis(logits, ids, axis=1, mode="clip")
+    return picked - jax.nn.logsumexp(logits, axis=-1)[:, None]
+
+
 def argmax(x: jax.Array) -> jax.Array:
     """i32[R], the first of equals. Two plain reductions: on CPU jnp.argmax is ten times slower."""
     V = x.shape[1]

@@ -40,13 +40,17 @@ export class Live {
     this.spark();
   }
 
-  rate({ time, stats }) {
+  rate({ time, stats, maps }) {
+    // A model that only reads has no pages, and what it reads is what it does.
+    const done = maps.length ? stats.generation_tokens : stats.prompt_tokens;
+    $("rate-unit").textContent = maps.length ? "tokens/s" : "tokens read/s";
+    $("live").classList.toggle("bare", !maps.length);
     if (this.past.length && time < this.past.at(-1)[0]) this.past = this.rates = []; // another engine
-    this.past.push([time, stats.generation_tokens, stats.steps]);
+    this.past.push([time, done, stats.steps]);
     while (this.past.length > 2 && this.past[1][0] <= time - SPAN) this.past.shift();
     const [then, tokens, steps] = this.past[0];
     const seconds = time - then;
-    const rate = seconds > 0 ? (stats.generation_tokens - tokens) / seconds : 0;
+    const rate = seconds > 0 ? (done - tokens) / seconds : 0;
     const stepRate = seconds > 0 ? (stats.steps - steps) / seconds : 0;
     this.rates.push([time, rate]);
     while (this.rates[0][0] < time - KEPT) this.rates.shift();

@@ -1,4 +1,4 @@
-"""/v1/models, /tokenize and /detokenize: bodies in and out."""
+"""/v1/models, /tokenize, /detokenize and what probes ask: bodies in and out."""
 
 from typing import Any
 
@@ -57,3 +57,15 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 
 class DetokenizeResponse(msgspec.Struct):
     prompt: str
+
+
+class Status(msgspec.Struct):
+    status: str
+
+
+class Load(msgspec.Struct):
+    server_load: int
+
+
+class Version(msgspec.Struct):
+    version: str

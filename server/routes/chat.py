@@ -6,9 +6,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.server.chunks import Chunks
-from octavo.server.client import Generation
-from octavo.server.collect import Delta, collect, deltas
-from octavo.server.frontend import Frontend, Prompt, RequestId
+from octavo.server.collect import Delta
+from octavo.server.dialogue import Turn, begin
+from octavo.server.frontend import Frontend, RequestId
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
 from octavo.server.protocol.chat import (
     ChatChoice,
@@ -17,7 +17,7 @@ from octavo.server.protocol.chat import (
     ChatMessage,
     ChoiceLogprobs,
 )
-from octavo.server.protocol.sampling import check_logprobs, usage_of
+from octavo.server.protocol.sampling import usage_of
 from octavo.server.respond import frontend_of, json_response, read_body
 from octavo.server.streaming import EventStream, while_connected
 
@@ -27,45 +27,30 @@ ROLE = "assistant"
 async def create(request: Request) -> Response:
     frontend = frontend_of(request)
     body = await read_body(request, ChatCompletionRequest)
-    frontend.check_model(body.model)
-    body.check()
-    if body.echo:
-        body.echo = None  # an assistant's answer does not repeat what was asked
-    check_logprobs("top_logprobs", body.top_logprobs, frontend.max_logprobs)
-    await frontend.client.until_ready()
-    prompt = await frontend.chat_prompt(body)
-    sampling = body.sampling(
-        frontend.generation_config,
-        max_tokens=body.most_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
     name = RequestId.of(request, body, "chatcmpl")
-    generation = frontend.submit(prompt, sampling, body, name.public)
+    turn = await begin(frontend, body, name.public)
     if body.stream:
-        stream = _stream(body, frontend, name, prompt, generation)
-        return EventStream(stream, on_end=generation.cancel, request_id=name.public)
+        stream = _stream(turn, frontend, name)
+        return EventStream(stream, on_end=turn.cancel, request_id=name.public)
     try:
-        [choices] = await while_connected(request, collect([generation]))
+        choices = await while_connected(request, turn.whole())
     finally:
-        generation.cancel()
-    whole = _whole(body, frontend, name, prompt, choices)
-    return json_response(whole, request_id=name.public)
+        turn.cancel()
+    return json_response(_whole(turn, frontend, name, choices), request_id=name.public)
 
 
 def _logprobs(body: ChatCompletionRequest, delta: Delta) -> ChoiceLogprobs | None:
-    if not body.logprobs or not delta.logprobs:
+    if not delta.logprobs:
         return None
     as_ids = bool(body.return_tokens_as_token_ids)
-    return chat_logprobs(delta.token_ids, delta.logprobs, body.top_logprobs or 0, as_ids)
+    top = -1 if body.logprob_token_ids else body.top_logprobs or 0
+    return chat_logprobs(delta.token_ids, delta.logprobs, top, as_ids)
 
 
 def _whole(
-    body: ChatCompletionRequest,
-    frontend: Frontend,
-    name: RequestId,
-    prompt: Prompt,
-    choices: list[Delta],
+    turn: Turn, frontend: Frontend, name: RequestId, choices: list[Delta]
 ) -> ChatCompletionResponse:
+    body, prompt = turn.body, turn.prompt
     generated = sum(len(choice.token_ids) for choice in choices)
     cached = max((choice.cached_tokens for choice in choices), default=0)
     return ChatCompletionResponse(
@@ -89,19 +74,14 @@ def _whole(
     )
 
 
-async def _stream(
-    body: ChatCompletionRequest,
-    frontend: Frontend,
-    name: RequestId,
-    prompt: Prompt,
-    generation: Generation,
-) -> AsyncIterator[bytes]:
+async def _stream(turn: Turn, frontend: Frontend, name: RequestId) -> AsyncIterator[bytes]:
+    body, prompt = turn.body, turn.prompt
     model = body.model or frontend.names[0]
     chunks = Chunks("chat.completion.chunk", name.public, name.created, model)
     prompt_ids = prompt.token_ids if body.return_token_ids else None
     asked, generated, cached = len(prompt.token_ids), 0, 0
     spoken: set[int] = set()  # choices whose role has been said
-    async for batch in deltas([generation]):
+    async for batch in turn.deltas():
         frames = []
         for delta in batch:
             generated += len(delta.token_ids)

@@ -62,6 +62,7 @@ async def create(request: Request) -> Response:
     name = RequestId.of(request, body, "cmpl")
     prompts = [await frontend.completion_prompt(prompt, body) for prompt in body.prompts()]
     job = Job(body, frontend, name, prompts, _sampling(body, frontend), body.max_tokens == 0)
+    await frontend.check_form(job.sampling, body.form_field)
     generations: list[Generation] = []
 
     def cancel() -> None:
@@ -110,11 +111,14 @@ def _take(job: Job, delta: Delta) -> CompletionLogprobs | None:
         if body.logprobs is not None and delta.prompt_logprobs:
             tokens, rows = [*prompt.token_ids, *tokens], [*delta.prompt_logprobs, *rows]
     job.offsets[key] = offset + len(delta.text)
-    if body.logprobs is None or not rows:
+    named = bool(body.logprob_token_ids)
+    if (body.logprobs is None and not named) or not rows:
         return None
     as_ids = bool(body.return_tokens_as_token_ids)
     text_of = job.frontend.token_text
-    return completion_logprobs(tokens, rows, int(body.logprobs), offset, as_ids, text_of)
+    return completion_logprobs(
+        tokens, rows, -1 if named else int(body.logprobs or 0), offset, as_ids, text_of
+    )
 
 
 def _whole(job: Job, whole: list[list[Delta]]) -> CompletionResponse:

@@ -5,6 +5,7 @@ from starlette.responses import Response
 
 from octavo import __version__
 from octavo.server.protocol.errors import unavailable
+from octavo.server.protocol.models import Load, Status, Version
 from octavo.server.respond import error_response, frontend_of, json_response
 
 
@@ -14,7 +15,7 @@ async def health(request: Request) -> Response:
     trouble = client.trouble()
     if trouble is not None and (client.ready is not None or client.last_words is not None):
         return error_response(unavailable(trouble))
-    return json_response({"status": "ok" if trouble is None else "starting"})
+    return json_response(Status("ok" if trouble is None else "starting"))
 
 
 async def ready(request: Request) -> Response:
@@ -22,13 +23,18 @@ async def ready(request: Request) -> Response:
     trouble = frontend_of(request).client.trouble()
     if trouble is not None:
         return error_response(unavailable(trouble, retry_after=1))
-    return json_response({"status": "ready"})
+    return json_response(Status("ready"))
 
 
 async def version(_: Request) -> Response:
-    return json_response({"version": __version__})
+    return json_response(Version(__version__))
+
+
+async def load(request: Request) -> Response:
+    """How many generations are under way, for load balancers."""
+    return json_response(Load(frontend_of(request).metrics.load()))
 
 
 async def metrics(request: Request) -> Response:
-    text = frontend_of(request).client.metrics.text()
+    text = frontend_of(request).metrics.text()
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from octavo.server.live import live as live_frames
 from octavo.server.respond import frontend_of
@@ -64,3 +65,7 @@ async def live(request: Request) -> Response:
     frontend = frontend_of(request)
     frontend.client.views.check_room()
     return EventStream(live_frames(frontend), on_end=lambda: None, request_id="")
+
+
+# Beside the table of routes: these are for browsers, and no part of what /openapi.json describes.
+ROUTES = [Route("/", page), Route("/page/{name}", asset), Route("/live", live)]

@@ -131,3 +131,20 @@ def test_later_requests_have_a_failure_of_their_own(
             client.drain()
             assert client.tokens[handle] == reference.text(prompt(12), 5)
     assert core.recovery.restarts == 2
+
+
+def test_a_request_survives_failures_that_let_it_go_on_in_between(
+    llama: EngineCore, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = begin_anew(llama)
+    client = Client(core)
+    handle = client.add(prompt(12), max_tokens=30, ignore_eos=True)
+    for tokens in (3, 9):
+        while len(client.tokens.get(handle, [])) < tokens:
+            client.turn()
+        with monkeypatch.context() as patch:
+            break_at(core, patch, "greedy")
+            client.turn()
+    client.drain()
+    assert core.recovery.restarts == 2
+    assert client.tokens[handle] == reference.text(prompt(12), 30, ignore_eos=True)

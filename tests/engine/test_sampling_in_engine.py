@@ -313,6 +313,31 @@ def test_logprobs_are_those_of_the_reference(
     assert set(client.logprobs) == {handle}
 
 
+def test_named_tokens_get_their_logprobs_in_the_answer_and_in_the_prompt(
+    core: EngineCore, reference: Reference
+) -> None:
+    client = busy(core)
+    named, of_prompt = [3, 17, 3], [5, 40]
+    handle = client.add(
+        PROMPT,
+        max_tokens=6,
+        logprobs=1,
+        logprob_token_ids=named,
+        prompt_logprob_token_ids=of_prompt,
+        prompt_logprob_start=2,
+    )
+    client.drain()
+    text = PROMPT + client.tokens[handle]
+    expected = log_softmax(reference.logits(text))
+    rows = client.logprobs[handle]
+    assert sorted(row.position for row in rows) == list(range(2, len(text)))
+    for row in rows:
+        tokens, values = np.frombuffer(row.tokens, np.int32), np.frombuffer(row.logprobs, "<f4")
+        asked = of_prompt if row.position < len(PROMPT) else named
+        assert tokens[-row.named :].tolist() == asked
+        np.testing.assert_allclose(values, expected[row.position - 1][tokens], atol=1e-4)
+
+
 @pytest.mark.parametrize("budget", [0, 16])
 def test_prompt_logprobs_are_those_of_the_reference_in_one_chunk_or_many(
     core: EngineCore, reference: Reference, budget: int

@@ -119,6 +119,8 @@ class Client:
         bad_words: list[list[int]] | None = None,
         arrival: float = 0.0,
         timeout: float = 0.0,
+        grammar: str = "",
+        mask_after: list[int] | None = None,
         **sampling: Any,
     ) -> int:
         """Queue a request, greedy unless told otherwise; returns its first handle."""
@@ -138,6 +140,8 @@ class Client:
                 cache_salt=salt,
                 arrival=arrival,
                 timeout=timeout,
+                grammar=grammar,
+                mask_after=mask_after or [],
             )
         )
         return handle
