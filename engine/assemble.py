@@ -15,6 +15,7 @@ from octavo.backends.record import Backend
 from octavo.backends.select import select
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.grammar.vocabulary import Vocabulary
+from octavo.engine.host import Limits
 from octavo.engine.memory import Resolved, resolve
 from octavo.engine.text.opened import open_text
 from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
@@ -106,6 +107,20 @@ def load_weights(
 def put(array: np.ndarray) -> jax.Array:
     """One parameter to its place."""
     return jax.device_put(array)
+
+
+def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:
+    """What the engine's schedules must respect."""
+    return Limits(
+        dims=resolved.dims,
+        row_buckets=resolved.row_buckets,
+        token_buckets=resolved.token_buckets,
+        depth=config.steps_in_flight,
+        prefix_caching=config.enable_prefix_caching,
+        by_priority=config.scheduling_policy == "priority",
+        steps=resolved.steps,
+        several_rows=resolved.several_rows,
+    )
 
 
 def end_tokens(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:

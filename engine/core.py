@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from octavo.engine.assemble import Parts, Progress, assemble
+from octavo.engine.assemble import Parts, Progress, assemble, limits_of
 from octavo.engine.config import EngineConfig
 from octavo.engine.device import Device
 from octavo.engine.grammar.compiler import Compiler
 from octavo.engine.harvest import Harvest, harvest, retire
-from octavo.engine.host import Host, Launch, Limits
+from octavo.engine.host import Host, Launch
 from octavo.engine.intake import Intake
 from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats, View
 from octavo.engine.planning import check_workspace
@@ -25,6 +25,7 @@ from octavo.engine.recovery import Recovery
 from octavo.engine.resident import resident_bytes
 from octavo.engine.scheduler import schedule, stop
 from octavo.engine.sequence import Phase, Sequence
+from octavo.engine.several import extend
 from octavo.engine.view import forget_hits, take_view
 
 STATS_EVERY = 0.25  # seconds between two Stats in the outputs
@@ -49,14 +50,7 @@ class EngineCore:
         self.backend, self.resolved = parts.backend, parts.resolved
         self.eos_token_ids = parts.eos_token_ids
         self.reader = Reader()
-        self.limits = Limits(
-            dims=self.resolved.dims,
-            row_buckets=self.resolved.row_buckets,
-            token_buckets=self.resolved.token_buckets,
-            depth=config.steps_in_flight,
-            prefix_caching=config.enable_prefix_caching,
-            by_priority=config.scheduling_policy == "priority",
-        )
+        self.limits = limits_of(config, self.resolved)
         self.host = Host(self.limits)
         self.grammars = Compiler(parts.vocabulary)
         self.grammars.warm()  # while the programs compile, which leaves the interpreter free
@@ -163,9 +157,9 @@ class EngineCore:
             self._check_deadlines(began)
             self._take_compiled()
             launch = self._dispatch(outputs)
-            flights = self.host.flights
-            while flights and (len(flights) >= self.limits.depth or launch is None):
-                outputs.append(self._output(self._harvest()))
+            host = self.host
+            while host.flights and (host.in_flight >= self.limits.depth or launch is None):
+                outputs += self._harvest_program()
                 if launch is None:
                     break
         except Exception as error:  # the donated state is gone, whatever it was
@@ -179,6 +173,7 @@ class EngineCore:
 
     def _dispatch(self, outputs: list[Output]) -> Launch | None:
         launch = schedule(self.host)
+        extend(self.host, launch)
         if launch is None:
             host = self.host
             if not host.flights and host.compiling:
@@ -190,18 +185,25 @@ class EngineCore:
         passed = self.device.begin(launch)
         if launch.masked:  # every token so far must be known, while the forward pass runs
             while self.host.flights:
-                outputs.append(self._output(self._harvest(busy=passed is not None)))
+                outputs += self._harvest_program(busy=passed is not None)
         self.device.finish(launch, passed, self.host)
         self.host.flights.append(launch.flight)
+        self.host.flights.extend(launch.followers)
         for sequence, why in self.device.masks.take_stuck():
             if self.host.live.get(sequence.handle) is sequence:
                 self._fail(sequence, f"`structured_outputs` leaves no token to choose: {why}")
         return launch
 
+    def _harvest_program(self, busy: bool = False) -> list[Output]:
+        """All steps of the oldest program. busy: a pass was dispatched that is in no flight yet."""
+        outputs = [self._output(self._harvest(busy))]
+        while self.host.flights and self.host.flights[0].part:
+            outputs.append(self._output(self._harvest(busy)))
+        return outputs
+
     def _harvest(self, busy: bool = False) -> Harvest:
-        """Take in the oldest step. busy: the device has a pass to run that is in no flight yet."""
         flight = self.host.flights[0]
-        rows = self.device.read(flight, behind=len(self.host.flights) - 1 + busy)
+        rows = self.device.read(flight, behind=self.host.in_flight - 1 + busy)
         self.host.flights.popleft()
         out = harvest(self.host, flight, rows)
         if rows is not None:

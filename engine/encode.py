@@ -97,12 +97,12 @@ class EncodePrograms:
     ) -> None:
         """Compile every shape, in parallel. params: arrays or ShapeDtypeStructs."""
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-        options: Any = dict(self.reading.backend.compiler_options) or None
         with WATCH.building(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             futures = {}
             for shape in sorted(shapes, key=lambda s: s.tokens, reverse=True):
                 vector = jax.ShapeDtypeStruct((shape.packed,), jnp.int32)
                 lowered = jax.jit(self._function(shape)).lower(abstract, vector)
+                options: Any = dict(self.reading.backend.compiler_options(shape.tokens)) or None
                 futures[shape] = threads.submit(lowered.compile, compiler_options=options)
             for done, (shape, work) in enumerate(futures.items(), 1):
                 self.by_shape[shape] = work.result()

@@ -22,7 +22,7 @@ from octavo.models.registry import Model, build
 from octavo.models.sources.sentence import Pooling, pooling_of
 
 Progress = Callable[[str, int, int], None]  # what, done, total
-MOST_TOKENS = 1 << 14  # the longest text that `auto` takes: its attention grows with the square
+MOST_TOKENS = 1 << 13  # the longest text that `auto` takes: its attention grows with the square
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class Limits:
     prefix_caching: bool
     by_priority: bool
     apart: bool = False  # prefill and decode cannot share a program: they take turns
+    steps: int = 1  # decode steps that one program may hold; see octavo.engine.several
+    several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +50,10 @@ class Flight:
     result: Any = None  # device arrays; see octavo.engine.reader
     rich: Any = None
     scores: Any = None
+    # Steps of one program are flights of their own, which share the result of the first.
+    leader: Any = None  # Flight, for all but the first
+    part: int = 0  # which of the program's steps this is
+    parts: int = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -62,6 +68,7 @@ class Launch:
     masked: bool  # the mask needs every token before this step
     scored: bool  # prompt log probabilities
     greedy: bool = False  # every row takes the likeliest token: the shortest program
+    followers: list[Flight] = field(default_factory=list)  # more decode steps in the same program
 
 
 @dataclass
@@ -117,6 +124,11 @@ class Host:
         self.flights: deque[Flight] = deque()
         self.counters = Counters()
         self.serials = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Programs that are out, however many steps they hold."""
+        return sum(flight.part == 0 for flight in self.flights)
 
     # --- the queue
 

@@ -9,10 +9,11 @@ width come after it in order, then shorter ones that fit into what is left of th
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
-LOOK = 8192  # texts of the queue that are looked at for one batch
+LOOK = 1024  # texts of the queue that are looked at for one batch
 TOKENS_PER_TEXT = 8  # a batch of N tokens takes up to N / 8 texts, or one a row where that is more
 SMALLEST = 32  # tokens in the shortest rows
 SEGMENTS = 4  # vectors of N tokens in a packed batch: ids, positions, segments, types
@@ -79,36 +80,57 @@ def shapes(most_tokens: int, longest: int) -> tuple[Shape, ...]:
 
 def choose(queue: Iterable[Job], known: Sequence[Shape]) -> Batch:
     """The next batch of a queue that is not empty. The queue is not changed."""
-    looked = [job for job, _ in zip(queue, range(LOOK), strict=False)]
-    widths = sorted({shape.width for shape in known})
-
-    def width_of(job: Job) -> int:
-        return next(width for width in widths if width >= len(job.ids))
-
-    width = width_of(looked[0])
+    looked = list(islice(queue, LOOK))
+    smallest = known[0].width
+    widths = [max(smallest, 1 << (len(job.ids) - 1).bit_length()) for job in looked]
+    width = widths[0]
     mine = [shape for shape in known if shape.width == width]
-    largest = mine[-1]
-    rows: list[list[Job]] = []
-    room: list[int] = []  # per row
-    taken = 0
     # Those of this width first: each opens a row where none has room. Then shorter ones, into gaps.
-    for exact in (True, False):
-        for job in looked:
-            size = len(job.ids)
-            if taken == largest.texts:
-                break
-            if size > width or (width_of(job) == width) != exact:
-                continue
-            at = next((i for i, free in enumerate(room) if free >= size), -1)
-            if at < 0 and exact and len(rows) < largest.rows:
-                rows.append([])
-                room.append(width)
-                at = len(rows) - 1
-            if at >= 0:
-                rows[at].append(job)
-                room[at] -= size
-                taken += 1
-    return _fitted(rows, mine)
+    rows = Rows(width, mine[-1].rows, mine[-1].texts)
+    for job, own in zip(looked, widths, strict=True):
+        if own == width and not rows.put(job, opening=True) and rows.full:
+            break
+    for job, own in zip(looked, widths, strict=True):
+        if own < width and not rows.put(job, opening=False) and rows.full:
+            break
+    return _fitted(rows.jobs, mine)
+
+
+class Rows:
+    """Rows that fill up: a text goes into the first with room for it."""
+
+    def __init__(self, width: int, most_rows: int, most_texts: int) -> None:
+        self.jobs: list[list[Job]] = []
+        self._room: list[int] = []  # per row
+        self._most = 0  # the most room of any row
+        self._left = most_texts
+        self._width, self._most_rows = width, most_rows
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more fits, however short."""
+        return not self._left or (not self._most and len(self.jobs) == self._most_rows)
+
+    def put(self, job: Job, opening: bool) -> bool:
+        """Find a place, in a new row if need be and `opening`. False: there is none."""
+        size = len(job.ids)
+        if not self._left:
+            return False
+        if size <= self._most:
+            at = next(i for i, room in enumerate(self._room) if room >= size)
+        elif opening and len(self.jobs) < self._most_rows:
+            at = len(self.jobs)
+            self.jobs.append([])
+            self._room.append(self._width)
+        else:
+            return False
+        self.jobs[at].append(job)
+        before = self._room[at]
+        self._room[at] -= size
+        if before >= self._most:
+            self._most = max(self._room)
+        self._left -= 1
+        return True
 
 
 def _fitted(rows: list[list[Job]], known: Sequence[Shape]) -> Batch:

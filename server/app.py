@@ -66,6 +66,7 @@ def create_app(
             on_start()
         yield
         frontend.siblings.stop()
+        frontend.template_room.close()
         await frontend.client.close()
         frontend.grammars.close()
 

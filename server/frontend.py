@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -30,6 +30,7 @@ from octavo.server.protocol.sampling import GenerationRequest
 from octavo.server.protocol.structured import form_error
 from octavo.server.settings import ServerSettings
 from octavo.server.siblings import Siblings
+from octavo.server.templates import RenderOrder, TemplateRoom
 
 LONGEST_TIMEOUT = 864_000  # seconds
 LONG_TEXT = 8192  # characters; beyond, a thread tokenizes, so that the streams of others go on
@@ -79,6 +80,7 @@ class Frontend:
         self.started = int(time.time())
         self.generation_config = text.generation_config
         self.chats = text.template is not None
+        self.template_room = TemplateRoom(settings.chat_template_timeout)
         self.siblings = Siblings(
             client.figures,
             client.folder,
@@ -146,7 +148,7 @@ class Frontend:
         """The conversation rendered with the model's template, and tokenized."""
         self._must_generate()
         template = self._text.template
-        if template is None:
+        if template is None and body.chat_template is None:
             raise bad_request(self._text.no_template, "messages")
         messages = body.conversation()
         variables = dict(body.chat_template_kwargs or {})
@@ -156,20 +158,39 @@ class Frontend:
         if wants_answer is None:
             wants_answer = not body.continue_final_message
         try:
-            text = await _away(
-                sum(len(message["content"]) for message in messages),
-                lambda: template.render(
-                    messages,
-                    documents=body.documents,
-                    add_generation_prompt=wants_answer,
-                    continue_final_message=bool(body.continue_final_message),
-                    **variables,
-                ),
-            )
+            if body.chat_template is not None:
+                variables |= {"documents": body.documents, "add_generation_prompt": wants_answer}
+                variables["continue_final_message"] = bool(body.continue_final_message)
+                text = await self._render_given(body.chat_template, messages, variables)
+            else:
+                assert template is not None
+                text = await _away(
+                    sum(len(message["content"]) for message in messages),
+                    lambda: template.render(
+                        messages,
+                        documents=body.documents,
+                        add_generation_prompt=wants_answer,
+                        continue_final_message=bool(body.continue_final_message),
+                        **variables,
+                    ),
+                )
         except (TemplateError, TypeError) as error:
             raise bad_request(str(error), "messages") from None
         tokens = await self.encode(text, bool(body.add_special_tokens))
         return Prompt(self._truncated(tokens, body), text)
+
+    async def _render_given(
+        self, source: str, messages: list[dict[str, Any]], arguments: dict[str, Any]
+    ) -> str:
+        """With the template of the request, where the user lets requests bring one."""
+        if not self.settings.trust_request_chat_template:
+            raise bad_request(
+                "`chat_template` in a request is not allowed by this server: leave it out, or "
+                "start it with --trust-request-chat-template",
+                "chat_template",
+            )
+        tokens = dict(self._tokenizer.special_tokens)
+        return await self.template_room.render(RenderOrder(source, tokens, messages, arguments))
 
     async def completion_prompt(self, prompt: str | list[int], body: CompletionRequest) -> Prompt:
         """A prompt of /v1/completions, as token ids."""

@@ -7,7 +7,7 @@ before any of it is done.
 import json
 from typing import Any
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from octavo.engine.grammar.tags import tag_grammar
@@ -30,7 +30,8 @@ def grammar_text(params: StructuredOutputsParams) -> str:
     if params.structural_tag is not None:
         return tag_grammar(_parsed("structural_tag", params.structural_tag))
     if params.regex is not None:
-        return LLMatcher.grammar_from_regex(params.regex)
+        # \d and \w are ASCII, as in JavaScript and in the patterns of a schema.
+        return f"start: /{regex_to_lark(params.regex, 'dw')}/"
     assert params.grammar is not None, f"{params=}"
     try:
         return any_to_lark(params.grammar)  # EBNF as in `root ::= "a" | "b"` becomes Lark

@@ -3,7 +3,7 @@
 export const FREE = 0, IDLE = 1, RETURNING = 2, TRASH = 3, FIRST_SLOT = 4;
 const GLOW = 900; // milliseconds that a hit is seen
 const EDGE = 7; // of the plate around the cells, in CSS pixels
-const HEIGHT = 300; // the most, in CSS pixels
+const HEIGHT = 244; // the most, in CSS pixels
 const LARGEST = 15; // the side of a cell in CSS pixels
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
