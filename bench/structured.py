@@ -105,7 +105,7 @@ async def _run(args: argparse.Namespace, settings: dict[str, Any]) -> Tally:
 
 
 async def _one(
-    llm: "octavo.AsyncLLM", named: Schema, seed: int, args: argparse.Namespace, tally: Tally
+    llm: octavo.AsyncLLM, named: Schema, seed: int, args: argparse.Namespace, tally: Tally
 ) -> None:
     name, schema = named
     sampling = SamplingParams(

@@ -21,6 +21,7 @@ from octavo.server.openapi import document, page
 from octavo.server.protocol.errors import ApiError
 from octavo.server.respond import error_response
 from octavo.server.responding import Responses
+from octavo.server.routes import page as live_page
 from octavo.server.routes.table import ENDPOINTS
 from octavo.server.tracing import Traces
 
@@ -82,7 +83,7 @@ def create_app(
         frontend.grammars.close()
 
     responses = Responses(frontend, frontend.folder)
-    routes = [endpoint.route() for endpoint in ENDPOINTS]
+    routes = [*(endpoint.route() for endpoint in ENDPOINTS), *live_page.ROUTES]
     middleware = [Middleware(Observed, figures=frontend.client.figures, tell=tell)]
     if settings.cors_origin:
         cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}

@@ -326,7 +326,9 @@ def _mix(c: _Static, m: _Shared, mine, walk, following, turn, done, soft: _Softm
     def step(n, carry, masked):
         acc, soft = carry
         ahead = _ahead(c, walk, mine, n) if masked else None
-        acc, soft, shrink = _advance(c, m, mine, acc, *soft, half, done + n, ahead)
+        acc, soft, shrink = _advance(
+            c, m, mine, acc, soft.p, soft.top, soft.total, half, done + n, ahead
+        )
         return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), soft
 
     whole = lax.div(at + 1, jnp.int32(c.tile))  # tiles before it lie under the diagonal
@@ -344,7 +346,8 @@ def _mix(c: _Static, m: _Shared, mine, walk, following, turn, done, soft: _Softm
     plgpu.barrier_arrive(m.q_freed.at[half])
     plgpu.barrier_wait(m.q_arrived.at[(1 - half) * MIXERS + mine])
     ahead, total = _ahead(c, following, mine, 0), soft.total
-    acc, soft, _ = _advance(c, m, mine, acc, soft.p, *_fresh(c), 1 - half, done + count, ahead)
+    top, none = _fresh(c)
+    acc, soft, _ = _advance(c, m, mine, acc, soft.p, top, none, 1 - half, done + count, ahead)
     part = jnp.where(walk.slot < 0, 0.0, 1 / jnp.maximum(total.sum(axis=1), 1e-30))
     return acc * lax.broadcast_in_dim(part, acc.shape, [0]), soft
 

@@ -103,7 +103,7 @@ def test_a_choice_of_tools_is_the_same_from_both(claude: Any, openai: Any, chat:
 
 
 def test_only_the_allowed_tools_remain() -> None:
-    tools = [{"type": "function", "name": name, "parameters": {}} for name in ("a", "b")]
+    tools: list = [{"type": "function", "name": name, "parameters": {}} for name in ("a", "b")]
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"name": "b"}]}
     chat = from_responses(tools=tools, tool_choice=allowed)
     assert [tool["function"]["name"] for tool in chat.tools] == ["b"]
