@@ -83,6 +83,17 @@ class ServerSettings:
         2.0, "SECONDS", "how long the template of a request may run"
     )
 
+    # Calls of tools, and thoughts.
+    tool_call_parser: str = setting(
+        "auto", "NAME", "how the model writes calls of tools; auto looks at its chat template"
+    )
+    reasoning_parser: str = setting(
+        "auto", "NAME", "how the model writes thoughts; auto looks at its chat template"
+    )
+    enable_auto_tool_choice: bool = setting(
+        False, "", "taken for other servers' command lines: the model may always choose tools here"
+    )
+
     # What is told.
     enable_log_requests: bool = setting(
         False, "", "log one line for each request: tokens and times, never text"

@@ -89,7 +89,8 @@ def test_results_and_thoughts_of_earlier_turns_are_taken(server):
         },
     ]  # fmt: skip
     text = ask(server, messages=said, max_tokens=90).content[0].text
-    assert text.startswith("<user>hello<assistant>wait<tool>sunny<user>so?<assistant>")
+    result = "<user><tool_response>\nsunny\n</tool_response>"  # this template knows no tools
+    assert text.startswith(f"<user>hello<assistant>wait{result}<user>so?<assistant>")
 
 
 def test_a_last_message_of_the_assistant_is_gone_on_with(server):
