@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from octavo.engine.assemble import Parts, Progress, assemble, limits_of
+from octavo.engine.build import Build
 from octavo.engine.config import EngineConfig
 from octavo.engine.device import Device
 from octavo.engine.grammar.compiler import Compiler
@@ -46,7 +47,13 @@ class EngineCore:
         """Load, compile, and be ready. `parts` replaces the checkpoint of the config (benches)."""
         began = time.perf_counter()
         self.config = config
-        parts = parts or assemble(config, progress)
+        if parts is None:
+            build = Build(config, progress)
+            with build.stopped_by_errors():
+                parts = assemble(config, progress, build.begin)
+        else:
+            build = Build(config, progress, parts.params)
+            build.begin(parts.backend, parts.resolved)
         self.backend, self.resolved = parts.backend, parts.resolved
         self.eos_token_ids = parts.eos_token_ids
         self.reader = Reader()
@@ -55,7 +62,7 @@ class EngineCore:
         self.grammars = Compiler(parts.vocabulary)
         self.grammars.warm()  # while the programs compile, which leaves the interpreter free
         self.intake = Intake(self.resolved, self.eos_token_ids, config.max_num_queued_reqs)
-        self.device = Device(config, parts, self.limits, self.reader, progress)
+        self.device = Device(parts, self.limits, self.reader, build)
         self.memory = check_workspace(self.resolved, self.device.programs.workspace())
         self.recovery = Recovery()
         self.load_seconds = parts.load_seconds

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from octavo.engine.build import use_cache
 from octavo.engine.compiles import WATCH
 from octavo.engine.config import EngineConfig
-from octavo.engine.device import use_cache
 from octavo.engine.encode import EncodePrograms
 from octavo.engine.encoder_plan import Encoder, Progress, assemble_encoder, check_encoder
 from octavo.engine.messages import (
