@@ -1,5 +1,6 @@
 """What the conversions share."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ def own_names(names: dict[str, str]) -> Iterator[None]:
         yield
     except ApiError as error:
         for name, own in names.items():
-            error.message = error.message.replace(f"`{name}", f"`{own}")
+            error.message = re.sub(rf"`{re.escape(name)}(?=[`.\[])", f"`{own}", error.message)
             if error.param is not None and error.param.partition(".")[0] == name:
                 error.param = own + error.param[len(name) :]
         raise
