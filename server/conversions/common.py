@@ -36,7 +36,7 @@ def own_names(names: dict[str, str]) -> Iterator[None]:
         yield
     except ApiError as error:
         for name, own in names.items():
-            error.message = re.sub(rf"`{name}(?=[`.\[])", f"`{own}", error.message)
+            error.message = re.sub(rf"`{re.escape(name)}(?=[`.\[])", f"`{own}", error.message)
             if error.param is not None and error.param.partition(".")[0] == name:
                 error.param = own + error.param[len(name) :]
         raise
