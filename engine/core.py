@@ -19,7 +19,7 @@ from octavo.engine.grammar.compiler import Compiler
 from octavo.engine.harvest import Harvest, harvest, retire
 from octavo.engine.host import Host, Launch
 from octavo.engine.intake import Intake
-from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats
+from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats, View
 from octavo.engine.planning import check_workspace
 from octavo.engine.reader import Reader
 from octavo.engine.recovery import Recovery
@@ -27,6 +27,7 @@ from octavo.engine.resident import resident_bytes
 from octavo.engine.scheduler import schedule, stop
 from octavo.engine.sequence import Phase, Sequence
 from octavo.engine.several import extend
+from octavo.engine.view import forget_hits, take_view
 
 STATS_EVERY = 0.25  # seconds between two Stats in the outputs
 DEADLINES_EVERY = 0.1  # seconds between two looks at the requests' time limits
@@ -283,6 +284,14 @@ class EngineCore:
             iteration_tokens=counters.iteration_tokens,
             resident_bytes=resident_bytes(),
         )
+
+    def view(self) -> View:
+        """Who has which page and slot, from the host's mirrors alone."""
+        return take_view(self.host, self.stats(), time.monotonic())
+
+    def unwatch(self) -> None:
+        """Nobody looks at views any more."""
+        forget_hits(self.host)
 
     def ready(self) -> Ready:
         """What a client must know of this engine."""

@@ -52,6 +52,11 @@ class Generation:
                 self._wake = asyncio.get_running_loop().create_future()
                 await self._wake
 
+    @property
+    def last(self) -> float:
+        """When the last token so far came; 0 is not yet."""
+        return max(self._last.values(), default=0.0)
+
     def cancel(self) -> None:
         """Nobody wants the rest; does nothing once all has ended."""
         if self._left and self._error is None:

@@ -26,7 +26,17 @@ _current: ContextVar["Record | None"] = ContextVar("octavo_record", default=None
 class Record:
     """One HTTP request."""
 
-    __slots__ = ("began", "wall", "method", "route", "status", "headers", "id", "generations")
+    __slots__ = (
+        "began",
+        "wall",
+        "method",
+        "route",
+        "status",
+        "headers",
+        "id",
+        "generations",
+        "read_tokens",
+    )
 
     def __init__(self, scope: Scope) -> None:
         self.began = time.monotonic()
@@ -37,6 +47,7 @@ class Record:
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.id = ""  # of the answer
         self.generations: list[Generation] = []
+        self.read_tokens = 0  # of texts that were embedded or scored
 
 
 def current() -> Record | None:
@@ -62,6 +73,9 @@ class Observed:
         async def note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
+                for name, value in message["headers"]:
+                    if name == b"x-request-id":
+                        record.id = value.decode("latin-1")
             await send(message)
 
         try:
@@ -99,6 +113,8 @@ def facts_of(record: Record) -> dict[str, Any]:
         "status": record.status,
         "seconds": round(time.monotonic() - record.began, 4),
     }
+    if record.read_tokens:
+        facts["prompt_tokens"] = record.read_tokens
     told = record.generations
     if told:
         first = [g.first - g.arrival for g in told if g.first]

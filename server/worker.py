@@ -27,6 +27,7 @@ from octavo.server.launch import EngineProcess
 from octavo.server.logs import set_up as set_up_logs
 from octavo.server.settings import ServerSettings
 from octavo.server.tls import tls_context
+from octavo.server.tracing import check_tracing
 
 NO_ENGINE = 3  # exit code of an API process whose engine never became ready
 LOOK = 0.2  # seconds between two looks at the children
@@ -52,7 +53,7 @@ def serve_one(
         max_queued=max(1, config.max_num_queued_reqs // settings.api_server_count),
         hung_after=settings.hung_after,
     )
-    frontend = Frontend(settings, config, text, client)
+    frontend = Frontend(settings, config, text, client, address.removeprefix("ipc://"))
     url = url_of(settings, listener)
 
     def on_ready(seconds: float) -> None:
@@ -99,6 +100,7 @@ def serve(
     """Start the engine, speak HTTP, end both; the exit code."""
     settings = with_all_keys(settings)
     tls_context(settings)
+    check_tracing(settings)
     text = open_text(config, settings.chat_template)  # says what is wrong before anything starts
     engine = EngineProcess(config, core)
     try:
