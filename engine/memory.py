@@ -139,10 +139,7 @@ def resolve(
         max_model_len=longest,
         max_num_seqs=seqs,
     )
-    small = weights < backend.small_model
-    rows = backend.row_buckets(seqs)
-    if small:
-        rows = (*(r for r in backend.small_rows if r < seqs), seqs)
+    rows, steps = _rows(backend, seqs, weights)
     return Resolved(
         config=config,
         model=built,
@@ -153,9 +150,16 @@ def resolve(
         token_buckets=backend.token_buckets(budget),
         max_model_len=longest,
         memory=memory,
-        steps=backend.small_steps if small else 1,
-        several_rows=rows if small and backend.small_steps > 1 else (),
+        steps=steps,
+        several_rows=rows if steps > 1 else (),
     )
+
+
+def _rows(backend: Backend, seqs: int, weights: int) -> tuple[tuple[int, ...], int]:
+    """The row buckets, and the decode steps in a program."""
+    if weights >= backend.small_model:
+        return backend.row_buckets(seqs), 1
+    return (*(rows for rows in backend.small_rows if rows < seqs), seqs), backend.small_steps
 
 
 def _longest(config: EngineConfig, facts: ModelConfig) -> int:

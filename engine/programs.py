@@ -144,7 +144,7 @@ class Programs:
         backend = self.machine.backend
         options = dict(backend.compiler_options(job.tokens))
         if backend.autotuning and store is not None:
-            options[backend.autotuning] = str(store.folder / "autotuning")
+            options[backend.autotuning] = str(store.subfolder("autotuning"))
         self.builds[job.name] = (time.perf_counter() - began, 0.0)
 
         def work() -> tuple[Any, float]:

@@ -10,12 +10,11 @@ import hashlib
 import logging
 import os
 import pickle
-import platform
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,11 @@ import jax.monitoring
 from jax.experimental import serialize_executable
 
 import octavo
+from octavo.backends.identity import identity
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("backends", "engine", "models", "pallas_kernels")  # what a program is traced from
-SETTINGS = (
-    "jax_default_matmul_precision",
-    "jax_default_prng_impl",
-    "jax_enable_x64",
-    "jax_numpy_dtype_promotion",
-    "jax_threefry_partitionable",
-)
 HIT = "/jax/compilation_cache/cache_hits"
 UNREAD = 30 * 24 * 3600  # seconds
 
@@ -65,7 +58,7 @@ class Store:
         """`made_from`: whatever decides the programs besides the process's own surroundings; each
         must have a complete repr."""
         self.folder = folder
-        self._base = repr((_surroundings(), made_from))
+        self._base = repr((_sources(), identity(), made_from))
 
     def _path(self, name: str, details: object) -> Path:
         digest = hashlib.sha256(repr((self._base, name, details)).encode()).hexdigest()
@@ -103,6 +96,13 @@ class Store:
         except Exception as error:
             logger.debug("the compiled program %s cannot be kept: %s", path, error)
 
+    def subfolder(self, name: str) -> Path:
+        """A folder in this one, made where that is possible, for others to keep things in."""
+        path = self.folder / name
+        with suppress(OSError):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
     def prune(self) -> None:
         """Delete what nobody read for a month."""
         oldest = time.time() - UNREAD
@@ -123,31 +123,3 @@ def _sources() -> str:
         for path in sorted((root / part).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _surroundings() -> tuple[object, ...]:
-    """What decides a program besides its function and arguments."""
-    device = jax.devices()[0]
-    return (
-        _sources(),
-        jax.__version__,
-        metadata.version("jaxlib"),
-        device.platform,
-        device.device_kind,
-        device.client.platform_version,
-        len(jax.devices()),
-        _processor() if device.platform == "cpu" else "",
-        [(name, str(jax.config.values.get(name))) for name in SETTINGS],
-        [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
-    )
-
-
-@cache
-def _processor() -> str:
-    """What compiled code for this processor may use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    kept = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    return repr(sorted(kept))

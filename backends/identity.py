@@ -1,0 +1,44 @@
+"""What a compiled program depends on besides itself: the device, its driver, XLA's settings."""
+
+import os
+import platform
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_threefry_partitionable",
+)
+
+
+def identity() -> tuple[object, ...]:
+    """Two processes of equal identity can run each other's programs. Its repr is complete."""
+    device = jax.devices()[0]
+    return (
+        jax.__version__,
+        metadata.version("jaxlib"),
+        device.platform,
+        device.device_kind,
+        device.client.platform_version,
+        len(jax.devices()),
+        _processor() if device.platform == "cpu" else "",
+        [(name, str(jax.config.values.get(name))) for name in SETTINGS],
+        [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+    )
+
+
+@cache
+def _processor() -> str:
+    """What compiled code for this processor may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    kept = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return repr(sorted(kept))
