@@ -37,7 +37,13 @@ class EngineConfig:
     model: str = option(
         "smollm2-135m",
         "folder, .gguf file or Hugging Face repository of the checkpoint, or a built-in name "
-        "(smollm2-135m, gemma3-270m)",
+        "(smollm2-135m, gemma3-270m, all-minilm-l6-v2)",
+    )
+    runner: str = option(
+        "auto",
+        "what the engine does: generate, or read texts into embeddings and scores (pooling); "
+        "auto is what the model was made for",
+        ("auto", "generate", "pooling"),
     )
     tokenizer: str = option("", "folder or repository of the tokenizer, where the model has none")
     revision: str = option("", "branch, tag or commit of a Hugging Face repository")

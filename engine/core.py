@@ -11,19 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from octavo.engine.assemble import Parts, Progress, assemble
+from octavo.engine.assemble import Parts, Progress, assemble, limits_of
+from octavo.engine.build import Build
 from octavo.engine.config import EngineConfig
 from octavo.engine.device import Device
 from octavo.engine.grammar.compiler import Compiler
 from octavo.engine.harvest import Harvest, harvest, retire
-from octavo.engine.host import Host, Launch, Limits
+from octavo.engine.host import Host, Launch
 from octavo.engine.intake import Intake
-from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats
+from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats, View
 from octavo.engine.planning import check_workspace
 from octavo.engine.reader import Reader
 from octavo.engine.recovery import Recovery
+from octavo.engine.resident import resident_bytes
 from octavo.engine.scheduler import schedule, stop
 from octavo.engine.sequence import Phase, Sequence
+from octavo.engine.several import extend
+from octavo.engine.view import forget_hits, take_view
 
 STATS_EVERY = 0.25  # seconds between two Stats in the outputs
 DEADLINES_EVERY = 0.1  # seconds between two looks at the requests' time limits
@@ -43,23 +47,22 @@ class EngineCore:
         """Load, compile, and be ready. `parts` replaces the checkpoint of the config (benches)."""
         began = time.perf_counter()
         self.config = config
-        parts = parts or assemble(config, progress)
+        if parts is None:
+            build = Build(config, progress)
+            with build.stopped_by_errors():
+                parts = assemble(config, progress, build.begin)
+        else:
+            build = Build(config, progress, parts.params)
+            build.begin(parts.backend, parts.resolved)
         self.backend, self.resolved = parts.backend, parts.resolved
         self.eos_token_ids = parts.eos_token_ids
         self.reader = Reader()
-        self.limits = Limits(
-            dims=self.resolved.dims,
-            row_buckets=self.resolved.row_buckets,
-            token_buckets=self.resolved.token_buckets,
-            depth=config.steps_in_flight,
-            prefix_caching=config.enable_prefix_caching,
-            by_priority=config.scheduling_policy == "priority",
-        )
+        self.limits = limits_of(config, self.resolved)
         self.host = Host(self.limits)
         self.grammars = Compiler(parts.vocabulary)
         self.grammars.warm()  # while the programs compile, which leaves the interpreter free
         self.intake = Intake(self.resolved, self.eos_token_ids, config.max_num_queued_reqs)
-        self.device = Device(config, parts, self.limits, self.reader, progress)
+        self.device = Device(parts, self.limits, self.reader, build)
         self.memory = check_workspace(self.resolved, self.device.programs.workspace())
         self.recovery = Recovery()
         self.load_seconds = parts.load_seconds
@@ -161,9 +164,9 @@ class EngineCore:
             self._check_deadlines(began)
             self._take_compiled()
             launch = self._dispatch(outputs)
-            flights = self.host.flights
-            while flights and (len(flights) >= self.limits.depth or launch is None):
-                outputs.append(self._output(self._harvest()))
+            host = self.host
+            while host.flights and (host.in_flight >= self.limits.depth or launch is None):
+                outputs += self._harvest_program()
                 if launch is None:
                     break
         except Exception as error:  # the donated state is gone, whatever it was
@@ -177,6 +180,7 @@ class EngineCore:
 
     def _dispatch(self, outputs: list[Output]) -> Launch | None:
         launch = schedule(self.host)
+        extend(self.host, launch)
         if launch is None:
             host = self.host
             if not host.flights and host.compiling:
@@ -188,20 +192,30 @@ class EngineCore:
         passed = self.device.begin(launch)
         if launch.masked:  # every token so far must be known, while the forward pass runs
             while self.host.flights:
-                outputs.append(self._output(self._harvest(busy=passed is not None)))
+                outputs += self._harvest_program(busy=passed is not None)
         self.device.finish(launch, passed, self.host)
         self.host.flights.append(launch.flight)
+        self.host.flights.extend(launch.followers)
         for sequence, why in self.device.masks.take_stuck():
             if self.host.live.get(sequence.handle) is sequence:
                 self._fail(sequence, f"`structured_outputs` leaves no token to choose: {why}")
         return launch
 
+    def _harvest_program(self, busy: bool = False) -> list[Output]:
+        """All steps of the oldest program. busy: a pass was dispatched that is in no flight yet."""
+        outputs = [self._output(self._harvest(busy))]
+        while self.host.flights and self.host.flights[0].part:
+            outputs.append(self._output(self._harvest(busy)))
+        return outputs
+
     def _harvest(self, busy: bool = False) -> Harvest:
-        """Take in the oldest step. busy: the device has a pass to run that is in no flight yet."""
         flight = self.host.flights[0]
-        rows = self.device.read(flight, behind=len(self.host.flights) - 1 + busy)
+        rows = self.device.read(flight, behind=self.host.in_flight - 1 + busy)
         self.host.flights.popleft()
         out = harvest(self.host, flight, rows)
+        if rows is not None:
+            prompt = sum(count for _, _, count, _ in flight.chunks)
+            self.host.counters.count_iteration(prompt + len(out.tokens))
         return out
 
     def _note_starts(self, launch: Launch) -> None:
@@ -263,7 +277,21 @@ class EngineCore:
             host_seconds=self._host_seconds,
             in_flight=len(host.flights),
             restarts=self.recovery.restarts,
+            evictions=sum(pool.evictions for pool in host.pools),
+            page_waits=counters.waits,
+            deferred=host.deferred,
+            iterations=counters.iterations,
+            iteration_tokens=counters.iteration_tokens,
+            resident_bytes=resident_bytes(),
         )
+
+    def view(self) -> View:
+        """Who has which page and slot, from the host's mirrors alone."""
+        return take_view(self.host, self.stats(), time.monotonic())
+
+    def unwatch(self) -> None:
+        """Nobody looks at views any more."""
+        forget_hits(self.host)
 
     def ready(self) -> Ready:
         """What a client must know of this engine."""
@@ -277,6 +305,8 @@ class EngineCore:
             max_num_batched_tokens=resolved.token_buckets[-1],
             summary=self.summary(),
             startup_seconds=self.startup_seconds,
+            page_size=self.memory.page_size,
+            kv_dtype=resolved.kv_dtype.name,
         )
 
     def summary(self) -> list[str]:

@@ -22,6 +22,8 @@ GiB = 1 << 30
 MiB = 1 << 20
 # Pages a window's sequence may hold beyond its window before a plan takes them back; scheduler.py.
 WINDOW_SLACK = 5
+# Of the longest prompts, a step that the backend sizes has room for no more than this many.
+PROMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Resolved:
     token_buckets: tuple[int, ...]
     max_model_len: int
     memory: MemoryPlan
+    steps: int = 1  # decode steps in one program
+    several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
 
 
 def size(count: float) -> str:
@@ -103,7 +107,8 @@ def resolve(
     page = config.page_size or backend.page_size
     longest = _longest(config, facts)
     budget = config.max_num_batched_tokens or backend.max_num_batched_tokens
-    budget = min(budget, 1 << (longest - 1).bit_length())
+    whole = 1 << (longest - 1).bit_length()
+    budget = min(budget, whole * (1 if config.max_num_batched_tokens else min(seqs, PROMPTS)))
     limit = backend.memory_limit()
     while True:
         built = model or build(facts, longest)
@@ -134,16 +139,22 @@ def resolve(
         max_model_len=longest,
         max_num_seqs=seqs,
     )
+    small = weights < backend.small_model
+    rows = backend.row_buckets(seqs)
+    if small:
+        rows = (*(r for r in backend.small_rows if r < seqs), seqs)
     return Resolved(
         config=config,
         model=built,
         dims=dims,
         dtype=dtype,
         kv_dtype=kv_dtype,
-        row_buckets=backend.row_buckets(seqs),
+        row_buckets=rows,
         token_buckets=backend.token_buckets(budget),
         max_model_len=longest,
         memory=memory,
+        steps=backend.small_steps if small else 1,
+        several_rows=rows if small and backend.small_steps > 1 else (),
     )
 
 

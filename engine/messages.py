@@ -4,9 +4,14 @@ Everything is a `msgspec` struct encoded as msgpack; what is many tokens at once
 little-endian bytes, so that a step of 256 sequences is one small message and not 256 objects.
 """
 
+from enum import IntEnum
+
 import msgspec
 
 from octavo.engine.sampling_params import SamplingParams
+
+# Upper bounds of the buckets in which steps are counted by their tokens, prompt and generated.
+ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class AddRequest(msgspec.Struct, tag="add", array_like=True, omit_defaults=True):
@@ -29,6 +34,16 @@ class Abort(msgspec.Struct, tag="abort", array_like=True):
     """Forget these sequences; those unknown or finished are no error."""
 
     handles: list[int]
+
+
+class EncodeRequest(msgspec.Struct, tag="encode", array_like=True, omit_defaults=True):
+    """One text, or a pair of texts as one, that a model which only reads turns into a vector."""
+
+    handle: int  # chosen by the client, never reused while alive
+    request_id: str
+    prompt: bytes  # i32[n]
+    second: int = 0  # where the second text of a pair begins; 0: there is one text
+    arrival: float = 0.0  # seconds, time.monotonic of the host
 
 
 class Finish(msgspec.Struct, array_like=True):
@@ -60,6 +75,13 @@ class Logprobs(msgspec.Struct, array_like=True):
     named: int = 0
 
 
+class Encoded(msgspec.Struct, array_like=True):
+    """What a text became. Its Finish is in the same message."""
+
+    handle: int
+    vector: bytes  # f32[Pooler.size], not normalized; of a classifier the numbers of its labels
+
+
 class Stats(msgspec.Struct, array_like=True):
     """Where the engine stands, for metrics and the live view."""
 
@@ -80,6 +102,12 @@ class Stats(msgspec.Struct, array_like=True):
     host_seconds: float = 0.0  # host time spent in turns, device waits not counted
     in_flight: int = 0
     restarts: int = 0  # times the state was rebuilt after a step raised
+    evictions: int = 0  # pages that the prefix index gave up for others
+    page_waits: int = 0  # turns in which nothing could be dispatched for want of pages
+    deferred: int = 0  # of `waiting`: choices that wait for their request's first one
+    iterations: list[int] = []  # steps by their tokens, counted in the buckets ITERATION_TOKENS
+    iteration_tokens: int = 0  # their sum
+    resident_bytes: int = 0  # memory of the engine's process that is in RAM
 
 
 class Output(msgspec.Struct, tag="output", array_like=True, omit_defaults=True):
@@ -91,6 +119,17 @@ class Output(msgspec.Struct, tag="output", array_like=True, omit_defaults=True):
     finished: list[Finish] = []  # their last tokens are in `tokens` of this same message
     logprobs: list[Logprobs] = []
     stats: Stats | None = None
+    encoded: list[Encoded] = []
+
+
+class Pooler(msgspec.Struct, array_like=True):
+    """What an engine that only reads gives for a text."""
+
+    task: str  # "embed": an embedding; "score": the numbers of a classifier's labels
+    size: int  # numbers in a vector
+    normalize: bool = True  # embeddings are meant to have length 1
+    dimensions: list[int] = []  # lengths that embeddings may be cut to; none is any
+    activation: str = "sigmoid"  # what a score goes through: "sigmoid" | "identity"
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True):
@@ -104,6 +143,9 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     max_num_batched_tokens: int
     summary: list[str]  # the start-up lines
     startup_seconds: float
+    page_size: int = 0  # tokens in a page of the cache
+    kv_dtype: str = ""  # of the cache
+    pooler: Pooler | None = None  # None: the engine generates
 
 
 class Dead(msgspec.Struct, tag="dead", array_like=True):
@@ -112,5 +154,52 @@ class Dead(msgspec.Struct, tag="dead", array_like=True):
     message: str
 
 
-ToEngine = AddRequest | Abort
-FromEngine = Output | Ready | Dead
+# What a cell of a PageMap says in its low 16 bits: one of these, or FIRST_SLOT + the slot.
+FREE_PAGE, IDLE_PAGE, RETURNING_PAGE, TRASH_PAGE, FIRST_SLOT = 0, 1, 2, 3, 4
+SHARERS_SHIFT, USED_SHIFT = 16, 24  # bits 16 to 23: rows that refer to it; 24 to 31: see PageMap
+
+
+class SlotState(IntEnum):
+    """What the sequence in a slot is doing."""
+
+    PREFILL = 0
+    DECODE = 1
+    STOPPING = 2  # aborted or ended by the host: the slot is free after a harvest
+    PREEMPTING = 3  # goes back to the queue after a harvest
+
+
+class Watch(msgspec.Struct, tag="watch", array_like=True):
+    """Send a View every `every` seconds, for `seconds` from now; 0 seconds ends it."""
+
+    seconds: float
+    every: float = 0.2
+
+
+class PageMap(msgspec.Struct, array_like=True):
+    """Who has which page of one group, as far as harvested.
+
+    A cell is `per_cell` pages in a row. Its low 16 bits name the owner (of a shared page the
+    highest slot, of several pages the highest owner), its top 8 how many of its pages are in rows.
+    """
+
+    pages: int  # in the pool, the trash page counted
+    window: int  # tokens that a layer of this group sees; 0 is all
+    per_cell: int
+    cells: bytes  # u32[cells]
+    hits: bytes  # u32[n] cells that the prefix index gave to a new sequence since the last view
+
+
+class View(msgspec.Struct, tag="view", array_like=True):
+    """The engine at one moment, for those who watch."""
+
+    time: float  # seconds, time.monotonic of the host: for rates from the totals in `stats`
+    stats: Stats
+    page_size: int  # tokens in a page
+    maps: list[PageMap]  # per group
+    # u32[n, 7] slots that are somebody's: slot, handle of the engine, SlotState, prompt tokens,
+    # tokens so far, tokens where this state ends, pages of all groups
+    slots: bytes
+
+
+ToEngine = AddRequest | Abort | EncodeRequest | Watch
+FromEngine = Output | Ready | Dead | View

@@ -33,15 +33,20 @@ from octavo.engine.messages import (
     Abort,
     AddRequest,
     Dead,
+    EncodeRequest,
     Finish,
     FromEngine,
     Output,
     Ready,
     Stats,
     ToEngine,
+    View,
+    Watch,
 )
+from octavo.engine.runner import GENERATES, core_of
+from octavo.engine.watchers import Watchers
 
-CORE = "octavo.engine.core:EngineCore"
+CORE = GENERATES  # and where nothing else is asked for, what reads for a model that only reads
 HEARTBEAT = 0.25  # seconds between two Stats to every client
 CLIENT_SHIFT = 24  # a handle of the engine is client << 24 | handle of that client
 HANDLE_MASK = (1 << CLIENT_SHIFT) - 1
@@ -54,11 +59,13 @@ class Core(Protocol):
     """What the loop asks of an EngineCore."""
 
     def ready(self) -> Ready: ...
-    def add(self, request: AddRequest) -> None: ...
+    def add(self, request: Any) -> None: ...  # AddRequest, or EncodeRequest where it reads
     def abort(self, handles: list[int]) -> None: ...
     def has_work(self) -> bool: ...
     def turn(self) -> list[Output]: ...
     def stats(self) -> Stats: ...
+    def view(self) -> View: ...
+    def unwatch(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -169,7 +176,7 @@ def split(output: Output) -> dict[int, Output]:
         mine = owners == client
         own = (handles[mine] & HANDLE_MASK).astype("<u4")
         parts[client] = Output(handles=own.tobytes(), tokens=tokens[mine].tobytes())
-    for name in ("starts", "finished", "logprobs"):
+    for name in ("starts", "finished", "logprobs", "encoded"):
         for item in getattr(output, name):
             part = parts.get(item.handle >> CLIENT_SHIFT)
             if part is None:
@@ -187,6 +194,7 @@ class Loop:
         self._ready = core.ready()
         self._alive: dict[int, set[int]] = {}  # the engine's handles of each client
         self._next_beat = 0.0
+        self._watchers = Watchers()
         self.stopping = False
 
     def run(self) -> None:
@@ -200,9 +208,13 @@ class Loop:
             elif self.stopping:
                 return
             else:
-                self._inbox.wait(max(0.0, self._next_beat - time.monotonic()))
-            if time.monotonic() >= self._next_beat:
+                due = min(self._next_beat, self._watchers.due)
+                self._inbox.wait(max(0.0, due - time.monotonic()))
+            now = time.monotonic()
+            if now >= self._next_beat:
                 self._beat()
+            if now >= self._watchers.due:
+                self._show(now)
 
     def _take_messages(self) -> None:
         for client, message in self._inbox.drain():
@@ -211,27 +223,48 @@ class Loop:
                 handles = [base | handle for handle in message.handles]
                 self._core.abort(handles)
                 self._alive.get(client, set()).difference_update(handles)
+            elif isinstance(message, Watch):
+                self._watch(client, message)
             elif self.stopping:
                 self._refuse(base | message.handle, message, "the server is shutting down", 503)
             else:
                 self._add(client, message)
 
-    def _add(self, client: int, request: AddRequest) -> None:
+    def _watch(self, client: int, watch: Watch) -> None:
+        self._watchers.renew(client, watch, time.monotonic())
+        if not self._watchers:
+            self._core.unwatch()
+
+    def _show(self, now: float) -> None:
+        """Send a view to those who watch; nothing here runs while nobody does."""
+        watching = self._watchers.take(now)
+        if not watching:
+            self._core.unwatch()
+            return
+        view = self._core.view()
+        for client in watching:
+            self._outbox.send(client, view)
+
+    def _add(self, client: int, request: AddRequest | EncodeRequest) -> None:
         request.handle |= client << CLIENT_SHIFT
         try:
+            if isinstance(request, EncodeRequest) != (self._ready.pooler is not None):
+                raise ValueError("the engine does not do this: --runner says what it does")
             self._core.add(request)
         except ValueError as error:  # the request's fault, not the engine's
             self._refuse(request.handle, request, str(error), 400)
             return
-        handles = range(request.handle, request.handle + request.sampling.n)
+        handles = range(request.handle, request.handle + choices(request))
         self._alive.setdefault(client, set()).update(handles)
 
-    def _refuse(self, handle: int, request: AddRequest, message: str, status: int) -> None:
+    def _refuse(
+        self, handle: int, request: AddRequest | EncodeRequest, message: str, status: int
+    ) -> None:
         self._outbox.deliver(
             Output(
                 finished=[
                     Finish(handle + i, "error", message=message, status=status)
-                    for i in range(request.sampling.n)
+                    for i in range(choices(request))
                 ]
             )
         )
@@ -249,6 +282,11 @@ class Loop:
         while self._outbox.gone:  # nobody will read what these asked for
             handles = self._alive.pop(self._outbox.gone.pop(), set())
             self._core.abort(sorted(handles))
+
+
+def choices(request: AddRequest | EncodeRequest) -> int:
+    """Sequences of a request: handles in a row."""
+    return 1 if isinstance(request, EncodeRequest) else request.sampling.n
 
 
 def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
@@ -280,10 +318,11 @@ def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
 
 def _build(core: str, config: EngineConfig) -> Core:
     """The engine itself: only here does this process begin to import jax."""
-    module, name = core.split(":")
+    own = core != CORE
+    module, name = (core if own else core_of(config)).split(":")
     make = getattr(importlib.import_module(module), name)
     engine: Core
-    if core != CORE:
+    if own:
         engine = make(config)
         return engine
     with importlib.import_module("octavo.engine.progress").startup_progress() as progress:

@@ -1,7 +1,6 @@
 """The Starlette application: which route is whose, who may ask, and how an error becomes a body."""
 
-import hashlib
-import hmac
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,47 +13,24 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo.server.frontend import Frontend
+from octavo.server.keys import ApiKeys, needs_key
+from octavo.server.observe import Observed, log_line
 from octavo.server.openapi import document, page
 from octavo.server.protocol.errors import ApiError
-from octavo.server.respond import error_response, unauthorized
+from octavo.server.respond import error_response
+from octavo.server.responding import Responses
+from octavo.server.routes import page as live_page
 from octavo.server.routes.table import ENDPOINTS
+from octavo.server.tracing import Traces
 
-GUARDED = "/v1"
 logger = logging.getLogger("octavo.server")
 
 
-class ApiKeys:
-    """Lets nobody past /v1 without one of the keys; compares in constant time."""
-
-    def __init__(self, app: ASGIApp, keys: list[str]) -> None:
-        self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and scope["path"].startswith(GUARDED)
-        if guarded and scope["method"] != "OPTIONS" and not self._knows(scope):
-            await unauthorized()(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _knows(self, scope: Scope) -> bool:
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = header.partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        digest = hashlib.sha256(key).digest()
-        known = False
-        for own in self._digests:  # all of them, always: time says nothing about which
-            known |= hmac.compare_digest(digest, own)
-        return known
-
-
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError), f"{error=}"
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -63,20 +39,20 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: f"there is no {request.url.path} here; GET /v1/models lists the models",
         405: f"{request.url.path} does not take {request.method}",
     }
-    return error_response(
-        ApiError(error.status_code, messages.get(error.status_code, error.detail))
-    )
+    message = messages.get(error.status_code, error.detail)
+    return error_response(ApiError(error.status_code, message), request.url.path)
 
 
-async def _too_deep(_: Request, error: Exception) -> Response:
+async def _too_deep(request: Request, error: Exception) -> Response:
     """A body may be read and still be too deep for what works on it: templates, schemas."""
     logger.warning("a request was nested too deeply", exc_info=error)
-    return error_response(ApiError(400, "the body is nested too deeply"))
+    return error_response(ApiError(400, "the body is nested too deeply"), request.url.path)
 
 
-async def _bug(_: Request, error: Exception) -> Response:
+async def _bug(request: Request, error: Exception) -> Response:
     logger.error("a request failed", exc_info=error)
-    return error_response(ApiError(500, "internal error; the server's log has the details"))
+    failure = ApiError(500, "internal error; the server's log has the details")
+    return error_response(failure, request.url.path)
 
 
 def create_app(
@@ -85,23 +61,35 @@ def create_app(
 ) -> Starlette:
     """The application over one Frontend; `on_start` runs on the event loop, first."""
 
+    settings = frontend.settings
+    tell = [log_line()] if settings.enable_log_requests else []
+    traces = Traces(settings, frontend.names[0]) if settings.otlp_traces_endpoint else None
+    if traces is not None:
+        tell.append(traces.tell)
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         frontend.client.start()
+        frontend.siblings.start()
         if on_start is not None:
             on_start()
         yield
+        await responses.close()
+        frontend.siblings.stop()
+        frontend.template_room.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
         await frontend.client.close()
         frontend.grammars.close()
 
-    routes = [endpoint.route() for endpoint in ENDPOINTS]
-    settings = frontend.settings
-    middleware = []
+    responses = Responses(frontend, frontend.folder)
+    routes = [*(endpoint.route() for endpoint in ENDPOINTS), *live_page.ROUTES]
+    middleware = [Middleware(Observed, figures=frontend.client.figures, tell=tell)]
     if settings.cors_origin:
         cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.append(Middleware(CORSMiddleware, allow_origins=settings.cors_origin, **cors))
     if settings.api_key:
-        middleware.append(Middleware(ApiKeys, keys=settings.api_key))
+        middleware.append(Middleware(ApiKeys, settings=settings))
     handlers: dict[Any, Any] = {
         ApiError: _api_error,
         HTTPException: _http_error,
@@ -111,7 +99,7 @@ def create_app(
     app = Starlette(
         routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan
     )
-    app.state.frontend = frontend
-    described = document(ENDPOINTS, keyed=bool(settings.api_key))
+    app.state.frontend, app.state.responses = frontend, responses
+    described = document(ENDPOINTS, lambda path: needs_key(settings, path))
     app.state.openapi, app.state.docs = msgspec.json.encode(described), page(described)
     return app

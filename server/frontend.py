@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -19,13 +19,20 @@ from octavo.engine.text.opened import ModelText
 from octavo.engine.text.template import TemplateError
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.server.client import EngineClient, Generation
+from octavo.server.metrics import Metrics
+from octavo.server.observe import current
+from octavo.server.pooling import Pooling
 from octavo.server.protocol.chat import ChatCompletionRequest
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.protocol.errors import ApiError, bad_request, unavailable
+from octavo.server.protocol.pooling import ReadingRequest
 from octavo.server.protocol.sampling import GenerationRequest
 from octavo.server.protocol.structured import form_error
 from octavo.server.settings import ServerSettings
+from octavo.server.siblings import Siblings
+from octavo.server.templates import RenderOrder, TemplateRoom
 
+LONGEST_TIMEOUT = 864_000  # seconds
 LONG_TEXT = 8192  # characters; beyond, a thread tokenizes, so that the streams of others go on
 _ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
 T = TypeVar("T")
@@ -47,30 +54,68 @@ class RequestId:
     created: int  # seconds since 1970
 
     @classmethod
-    def of(cls, request: Request, body: GenerationRequest, kind: str) -> "RequestId":
-        """`kind`-name, the name from the body, the X-Request-Id header or chance."""
+    def of(
+        cls, request: Request, body: GenerationRequest | ReadingRequest, kind: str
+    ) -> "RequestId":
+        """`kind`-name, the name from the body, the X-Request-Id header or chance.
+
+        A `kind` that ends with an underscore needs no dash.
+        """
+        header = request.headers.get("x-request-id", "")
+        return cls._named(body, kind, header if _ID.fullmatch(header) else uuid.uuid4().hex)
+
+    @classmethod
+    def fresh(cls, body: GenerationRequest, kind: str) -> "RequestId":
+        """The same without the header: for what can be asked for again by its name."""
+        return cls._named(body, kind, uuid.uuid4().hex)
+
+    @classmethod
+    def _named(
+        cls, body: GenerationRequest | ReadingRequest, kind: str, otherwise: str
+    ) -> "RequestId":
         if body.request_id is not None and not _ID.fullmatch(body.request_id):
             raise bad_request(
                 "`request_id` must be 1 to 128 letters, digits or any of . : @ / + = _ -",
                 "request_id",
             )
-        header = request.headers.get("x-request-id", "")
-        name = body.request_id or (header if _ID.fullmatch(header) else uuid.uuid4().hex)
-        return cls(f"{kind}-{name}", int(time.time()))
+        dash = "" if kind.endswith("_") else "-"
+        return cls(f"{kind}{dash}{body.request_id or otherwise}", int(time.time()))
 
 
 class Frontend:
     """Tokenizes and submits; one a process."""
 
     def __init__(
-        self, settings: ServerSettings, config: EngineConfig, text: ModelText, client: EngineClient
+        self,
+        settings: ServerSettings,
+        config: EngineConfig,
+        text: ModelText,
+        client: EngineClient,
+        folder: str | None = None,
     ) -> None:
-        self.settings, self.client = settings, client
+        """`folder` is private, and shared by the API processes of one server."""
+        self.settings, self.client, self.folder = settings, client, folder
         self.model, self.names = config.model, settings.names(config.model)
         self.max_logprobs = config.max_logprobs
         self.started = int(time.time())
         self.generation_config = text.generation_config
         self.chats = text.template is not None
+        self.template_room = TemplateRoom(settings.chat_template_timeout)
+        self.siblings = Siblings(
+            client.figures,
+            client.folder,
+            client.number,
+            settings.api_server_count,
+            lambda: client.open_requests,
+        )
+        self.metrics = Metrics(
+            self.names[0],
+            stats=lambda: client.stats,
+            ready=lambda: client.ready,
+            snapshots=self.siblings.everybody,
+            config=config,
+        )
+        self.pooling = Pooling(text, client, self._timeout)
         self._text = text
         self.grammars = Checker(self._vocabulary, config.grammar_time_limit)
 
@@ -121,8 +166,9 @@ class Frontend:
 
     async def chat_prompt(self, body: ChatCompletionRequest) -> Prompt:
         """The conversation rendered with the model's template, and tokenized."""
+        self._must_generate()
         template = self._text.template
-        if template is None:
+        if template is None and body.chat_template is None:
             raise bad_request(self._text.no_template, "messages")
         messages = body.conversation()
         variables = dict(body.chat_template_kwargs or {})
@@ -132,23 +178,43 @@ class Frontend:
         if wants_answer is None:
             wants_answer = not body.continue_final_message
         try:
-            text = await _away(
-                sum(len(message["content"]) for message in messages),
-                lambda: template.render(
-                    messages,
-                    documents=body.documents,
-                    add_generation_prompt=wants_answer,
-                    continue_final_message=bool(body.continue_final_message),
-                    **variables,
-                ),
-            )
+            if body.chat_template is not None:
+                variables |= {"documents": body.documents, "add_generation_prompt": wants_answer}
+                variables["continue_final_message"] = bool(body.continue_final_message)
+                text = await self._render_given(body.chat_template, messages, variables)
+            else:
+                assert template is not None
+                text = await _away(
+                    sum(len(message["content"]) for message in messages),
+                    lambda: template.render(
+                        messages,
+                        documents=body.documents,
+                        add_generation_prompt=wants_answer,
+                        continue_final_message=bool(body.continue_final_message),
+                        **variables,
+                    ),
+                )
         except (TemplateError, TypeError) as error:
             raise bad_request(str(error), "messages") from None
         tokens = await self.encode(text, bool(body.add_special_tokens))
         return Prompt(self._truncated(tokens, body), text)
 
+    async def _render_given(
+        self, source: str, messages: list[dict[str, Any]], arguments: dict[str, Any]
+    ) -> str:
+        """With the template of the request, where the user lets requests bring one."""
+        if not self.settings.trust_request_chat_template:
+            raise bad_request(
+                "`chat_template` in a request is not allowed by this server: leave it out, or "
+                "start it with --trust-request-chat-template",
+                "chat_template",
+            )
+        tokens = dict(self._tokenizer.special_tokens)
+        return await self.template_room.render(RenderOrder(source, tokens, messages, arguments))
+
     async def completion_prompt(self, prompt: str | list[int], body: CompletionRequest) -> Prompt:
         """A prompt of /v1/completions, as token ids."""
+        self._must_generate()
         if isinstance(prompt, list):
             for token in prompt:
                 self._check_token(token, "prompt")
@@ -203,10 +269,40 @@ class Frontend:
                 cache_salt=body.cache_salt or "",
                 grammar=self.grammars.check,
                 mask_after=mask_after,
+                timeout=self._timeout(body),
             )
         except ParameterError as error:
             raise bad_request(str(error), error.parameter) from None
-        return self.client.submit(request, prompt.token_ids)
+        generation = self.client.submit(request, prompt.token_ids)
+        record = current()
+        if record is not None:
+            record.id = record.id or request_id
+            record.generations.append(generation)
+        return generation
+
+    def _timeout(self, body: GenerationRequest | ReadingRequest) -> float:
+        """Seconds that the request may take; 0 is no limit."""
+        if body.timeout is None:
+            return self.settings.request_timeout
+        if not 0 < body.timeout <= LONGEST_TIMEOUT:
+            raise bad_request(
+                f"`timeout` must be above 0 and at most {LONGEST_TIMEOUT:,} seconds, "
+                f"got {body.timeout:g}",
+                "timeout",
+            )
+        return body.timeout
+
+    def _must_generate(self) -> None:
+        """ApiError 400 where the engine only reads."""
+        ready = self.client.ready
+        if ready is not None and ready.pooler is not None:
+            gives = "embeddings" if ready.pooler.task == "embed" else "scores"
+            path = "/v1/embeddings" if ready.pooler.task == "embed" else "/v1/score"
+            raise bad_request(
+                f"the model `{self.names[0]}` gives {gives} and generates no text: ask {path}, or "
+                "serve a model that generates",
+                "model",
+            )
 
     def _truncated(self, token_ids: list[int], body: GenerationRequest) -> list[int]:
         """The last `truncate_prompt_tokens`; -1 is as many as the context takes."""

@@ -3,16 +3,14 @@
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from octavo import __version__
 from octavo.server.endpoint import Endpoint
-from octavo.server.protocol.errors import ErrorResponse
 
-OPEN = ("/health", "/ping", "/ready", "/metrics", "/", "/docs", "/openapi.json")
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 REFUSALS = {
     400: "The request cannot be served as it is; the message names the field",
@@ -26,23 +24,25 @@ REFUSALS = {
     500: "A fault of the server; its log has the details",
     501: "The server does not do this",
     503: "Not now: starting, full or stopping; `Retry-After` says when to try again",
+    529: "The same as 503, where the body is Anthropic's",
 }
 
 
-def document(endpoints: Sequence[Endpoint], keyed: bool) -> dict[str, Any]:
-    """The OpenAPI 3.1 description of `endpoints`; `keyed` when the server asks for API keys."""
+def document(
+    endpoints: Sequence[Endpoint], needs_key: Callable[[str], bool] = lambda path: False
+) -> dict[str, Any]:
+    """The OpenAPI 3.1 description of `endpoints`; `needs_key` says which paths ask for a key."""
     types = [t for e in endpoints for t in (e.body, e.answer) if t is not None]
     schemas, components = msgspec.json.schema_components(
-        [*types, ErrorResponse], ref_template="#/components/schemas/{name}"
+        [*types, *(e.error for e in endpoints)], ref_template="#/components/schemas/{name}"
     )
-    *listed, error = schemas
-    made = iter(listed)
+    made, errors = iter(schemas[: len(types)]), schemas[len(types) :]
     paths: dict[str, Any] = {}
-    for endpoint in endpoints:
+    for endpoint, error in zip(endpoints, errors, strict=True):
         body = next(made) if endpoint.body is not None else None
         answer = next(made) if endpoint.answer is not None else None
         operation = _operation(endpoint, body, answer, error)
-        if keyed and endpoint.path not in OPEN:
+        if needs_key(endpoint.path):
             operation["security"] = [{"key": []}]
         path = _PARAMETER.sub(r"{\1}", endpoint.path)
         paths.setdefault(path, {})[endpoint.method.lower()] = operation

@@ -72,6 +72,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     priority: int | None = None
     request_id: str | None = None
     cache_salt: str | None = None
+    timeout: float | None = None  # seconds from its arrival, then 408
     echo: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None

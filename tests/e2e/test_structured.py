@@ -53,7 +53,7 @@ def test_what_ends_by_itself_validates(served: Server) -> None:
         for choice in answer.choices:
             if choice.finish_reason == "stop":
                 ended += 1
-                jsonschema.validate(json.loads(choice.message.content), PERSON)
+                jsonschema.validate(json.loads(choice.message.content or ""), PERSON)
     assert ended >= 6
 
 
