@@ -44,9 +44,9 @@ def backend(reason: str) -> Backend:
         compiler_options=compiler_options,
         # A dispatch costs the host 1.5 to 2.5 ms; 4 GB are read in 1.3.
         small_model=4 * GB,
-        small_rows=8,
+        autotuning="xla_gpu_per_fusion_autotune_cache_dir",
+        small_rows=(8, 64, 256),
         small_steps=4,
-        small_steps_rows=128,
         memory_limit=free,
         why_not=why_not,
     )

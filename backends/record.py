@@ -68,13 +68,12 @@ class Backend:
     cache_bytes: int = 0  # the most the cache takes unless asked for more; 0 is all that fits
     # compiler_options(tokens): XLA's, for a program that runs this many tokens
     compiler_options: Callable[[int], Mapping[str, bool | int | str]] = lambda tokens: {}
-    # A model of fewer bytes than `small_model` decodes faster than the host can dispatch: it has no
-    # row bucket below `small_rows`, and runs `small_steps` decode steps in one program where no
-    # more than `small_steps_rows` rows are busy.
+    autotuning: str = ""  # XLA's option for a folder that keeps what it found by trying
+    # A model of fewer bytes than `small_model` decodes faster than the host can dispatch: its row
+    # buckets are `small_rows` up to the most, and it runs `small_steps` decode steps in a program.
     small_model: int = 0
-    small_rows: int = 1
+    small_rows: tuple[int, ...] = (1,)
     small_steps: int = 1
-    small_steps_rows: int = 0
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device
     # why_not(config): why an EngineConfig-like object cannot be served here, and what to change

@@ -3,7 +3,8 @@
 A stand-in takes the place of the accelerator: its forward pass is a sleep of --step milliseconds,
 its sampling takes the first token that a row's mask allows, and takes no time. All else is the
 engine: schedule, masks, harvest. Every stream writes an endless list of JSON objects; in half of
-the runs, which take turns, without a grammar.
+the runs, which take turns, without a grammar. The longest step is that of streams without one,
+alone and while the engine compiles a schema of 5,000 properties for one more.
 
 example:
   octavo bench masked --streams 64 --step 10 --tokenizers smollm2-135m
@@ -30,10 +31,13 @@ PEOPLE = {
     },
 }
 
+# Compiles for a second.
+MANY = {"type": "object", "properties": {f"key{i}": {"type": "string"} for i in range(5000)}}
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The streams and the step."""
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64], metavar="N")
+    parser.add_argument("--streams", type=int, nargs="+", default=[8, 64], metavar="N")
     parser.add_argument("--step", type=float, default=10.0, metavar="MS")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="measured, a run")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each kind")
@@ -47,16 +51,21 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for model in args.tokenizers:
         for streams in args.streams:
-            plain, masked, ratios = [], [], []
+            plain, masked, ratios, calm, beside = [], [], [], [], []
             for _ in range(args.rounds):
                 with sleeping.engine(model, streams, args.steps, args.step / 1000) as core:
                     plain.append(1e3 * sleeping.seconds_per_step(core, streams, args.steps, ""))
                     text = json.dumps({"grammars": [{"json_schema": PEOPLE}]})
                     masked.append(1e3 * sleeping.seconds_per_step(core, streams, args.steps, text))
                     ratios.append(masked[-1] / plain[-1])
+                    slow = json.dumps({"grammars": [{"json_schema": MANY}]})
+                    calm.append(1e3 * sleeping.longest_step(core, streams, args.steps, ""))
+                    beside.append(1e3 * sleeping.longest_step(core, streams, args.steps, slow))
             case = f"{streams} streams, {sleeping.vocab_of(model):,} tokens"
             rows.append(Row(case, "unmasked ms/step", Spread.of(plain), 2))
             rows.append(Row(case, "masked ms/step", Spread.of(masked), 2))
             rows.append(Row(case, "masked / unmasked", Spread.of(ratios), 3))
+            rows.append(Row(case, "longest ms/step, unmasked", Spread.of(calm), 2))
+            rows.append(Row(case, "longest ms/step, one compiles", Spread.of(beside), 2))
     settings = {"step_ms": args.step, "steps": args.steps, "rounds": args.rounds}
     return report("masked", settings, rows, args)

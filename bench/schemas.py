@@ -13,7 +13,11 @@ from typing import Any
 
 from octavo.engine.config import ConfigError
 
-DRAFTS = ("draft2020-12", "draft7", "draft4")
+DRAFTS = {
+    "draft2020-12": "https://json-schema.org/draft/2020-12/schema",
+    "draft7": "http://json-schema.org/draft-07/schema#",
+    "draft4": "http://json-schema.org/draft-04/schema#",
+}
 
 
 def suite(folder: str) -> list[tuple[str, dict[str, Any]]]:
@@ -21,14 +25,16 @@ def suite(folder: str) -> list[tuple[str, dict[str, Any]]]:
     root = Path(folder)
     root = root / "tests" if (root / "tests").is_dir() else root
     found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for draft in DRAFTS:
+    for draft, uri in DRAFTS.items():
         for path in sorted((root / draft).rglob("*.json")):
             for group in json.loads(path.read_text()):
                 schema = group["schema"]
                 if isinstance(schema, dict):
                     plain = {k: v for k, v in schema.items() if k != "$schema"}
                     name = f"{draft}/{path.stem}: {group['description']}"
-                    found.setdefault(json.dumps(plain, sort_keys=True), (name, schema))
+                    # The older drafts do not name themselves, and nothing else says which it is.
+                    dated = {"$schema": uri} | schema
+                    found.setdefault(json.dumps(plain, sort_keys=True), (name, dated))
     if not found:
         raise ConfigError(f"no schemas in {folder}", "--schemas takes the suite's folder")
     return list(found.values())

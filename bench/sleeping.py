@@ -144,16 +144,38 @@ def engine(model: str, streams: int, steps: int, seconds: float) -> Iterator[Eng
         core.close()
 
 
-def seconds_per_step(core: EngineCore, streams: int, steps: int, grammar: str) -> float:
-    """The mean of `steps` decode steps with every stream under way."""
+def begin(core: EngineCore, streams: int, steps: int, grammar: str) -> None:
+    """Get every stream under way."""
     sampling = SamplingParams(temperature=0.0, max_tokens=steps + WARM_STEPS + 32, ignore_eos=True)
+    prompt = np.arange(PROMPT, dtype=np.int32).tobytes()
     for handle in range(streams):
-        prompt = np.arange(PROMPT, dtype=np.int32).tobytes()
         core.add(AddRequest(handle, str(handle), prompt, sampling, grammar=grammar))
     while np.count_nonzero(core.host.decoding) < streams:
         core.turn()
     for _ in range(WARM_STEPS):
         core.turn()
+
+
+def longest_step(core: EngineCore, streams: int, steps: int, grammar: str) -> float:
+    """Seconds of the longest of `steps` steps of all streams but one, whose grammar compiles."""
+    begin(core, streams - 1, steps, "")
+    sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    prompt = np.arange(PROMPT, dtype=np.int32).tobytes()
+    if grammar:
+        core.add(AddRequest(streams, str(streams), prompt, sampling, grammar=grammar))
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        core.turn()
+        seconds.append(time.perf_counter() - began)
+    core.abort(range(streams + 1))
+    core.drain()
+    return max(seconds)
+
+
+def seconds_per_step(core: EngineCore, streams: int, steps: int, grammar: str) -> float:
+    """The mean of `steps` decode steps with every stream under way."""
+    begin(core, streams, steps, grammar)
     first, began = core.host.counters.steps, time.perf_counter()
     while core.host.counters.steps < first + steps:
         core.turn()

@@ -57,11 +57,20 @@ def open_model(config: EngineConfig) -> Checkpoint:
     )
 
 
-def assemble(config: EngineConfig, progress: Progress | None = None) -> Parts:
-    """Open the checkpoint, decide every size, load the weights."""
+def assemble(
+    config: EngineConfig,
+    progress: Progress | None = None,
+    decided: Callable[[Backend, Resolved], None] | None = None,
+) -> Parts:
+    """Open the checkpoint, decide every size, load the weights.
+
+    `decided` is called between the last two: from there on everything can be compiled.
+    """
     backend = select(config.device)
     with refusals(), closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
+        if decided is not None:
+            decided(backend, resolved)
         began = time.perf_counter()
         params = load_weights(config, checkpoint, resolved.model, resolved.dtype, progress)
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from octavo.engine.assemble import Parts, Progress, assemble, limits_of
+from octavo.engine.build import Build
 from octavo.engine.config import EngineConfig
 from octavo.engine.device import Device
 from octavo.engine.grammar.compiler import Compiler
 from octavo.engine.harvest import Harvest, harvest, retire
 from octavo.engine.host import Host, Launch
 from octavo.engine.intake import Intake
-from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats
+from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats, View
 from octavo.engine.planning import check_workspace
 from octavo.engine.reader import Reader
 from octavo.engine.recovery import Recovery
@@ -26,6 +27,7 @@ from octavo.engine.resident import resident_bytes
 from octavo.engine.scheduler import schedule, stop
 from octavo.engine.sequence import Phase, Sequence
 from octavo.engine.several import extend
+from octavo.engine.view import forget_hits, take_view
 
 STATS_EVERY = 0.25  # seconds between two Stats in the outputs
 DEADLINES_EVERY = 0.1  # seconds between two looks at the requests' time limits
@@ -45,7 +47,13 @@ class EngineCore:
         """Load, compile, and be ready. `parts` replaces the checkpoint of the config (benches)."""
         began = time.perf_counter()
         self.config = config
-        parts = parts or assemble(config, progress)
+        if parts is None:
+            build = Build(config, progress)
+            with build.stopped_by_errors():
+                parts = assemble(config, progress, build.begin)
+        else:
+            build = Build(config, progress, parts.params)
+            build.begin(parts.backend, parts.resolved)
         self.backend, self.resolved = parts.backend, parts.resolved
         self.eos_token_ids = parts.eos_token_ids
         self.reader = Reader()
@@ -54,7 +62,7 @@ class EngineCore:
         self.grammars = Compiler(parts.vocabulary)
         self.grammars.warm()  # while the programs compile, which leaves the interpreter free
         self.intake = Intake(self.resolved, self.eos_token_ids, config.max_num_queued_reqs)
-        self.device = Device(config, parts, self.limits, self.reader, progress)
+        self.device = Device(parts, self.limits, self.reader, build)
         self.memory = check_workspace(self.resolved, self.device.programs.workspace())
         self.recovery = Recovery()
         self.load_seconds = parts.load_seconds
@@ -276,6 +284,14 @@ class EngineCore:
             iteration_tokens=counters.iteration_tokens,
             resident_bytes=resident_bytes(),
         )
+
+    def view(self) -> View:
+        """Who has which page and slot, from the host's mirrors alone."""
+        return take_view(self.host, self.stats(), time.monotonic())
+
+    def unwatch(self) -> None:
+        """Nobody looks at views any more."""
+        forget_hits(self.host)
 
     def ready(self) -> Ready:
         """What a client must know of this engine."""

@@ -1,25 +1,21 @@
 """The device side of the run loop: dispatches launches, and holds the state between steps."""
 
 import logging
-import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from octavo.engine.assemble import Parts, Progress, cache_maker
+from octavo.engine.assemble import Parts
+from octavo.engine.build import Build
 from octavo.engine.compiles import WATCH
-from octavo.engine.config import EngineConfig
 from octavo.engine.harvest import Rows
 from octavo.engine.host import Flight, Host, Launch, Limits
 from octavo.engine.masks import Masks
 from octavo.engine.plan import CHUNKS, Packer
-from octavo.engine.programs import Programs
 from octavo.engine.reader import Reader
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
-from octavo.engine.step import Machine
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +25,10 @@ class Device:
 
     def __init__(
         self,
-        config: EngineConfig,
         parts: Parts,
         limits: Limits,
         reader: Reader,
-        progress: Progress | None,
+        build: Build,
     ) -> None:
         self.limits = limits
         self.reader = reader
@@ -41,15 +36,11 @@ class Device:
         self.head = parts.resolved.model.head(parts.params)
         self.packer = Packer(limits.dims)
         self.masks = Masks(limits.dims.vocab)
-        folder = use_cache(config.compilation_cache)
-        began = time.perf_counter()
-        machine = Machine(limits.dims, parts.resolved.model, parts.backend)
-        self.programs = Programs(machine, limits, config.max_logprobs, folder)
-        self.programs.compile(parts.params, cache_maker(parts.backend, parts.resolved), progress)
+        self.programs = build.programs()
+        self.compile_seconds = build.seconds
         with WATCH.building():
             self.state = self.programs.empty()
             jax.block_until_ready(self.state)
-        self.compile_seconds = time.perf_counter() - began
         self._compiled = WATCH.unexpected
 
     @property
@@ -168,26 +159,3 @@ def named_of_chunks(flight: Flight) -> np.ndarray:
         ids = sequence.request.sampling.prompt_logprob_token_ids or ()
         named[chunk, : len(ids)] = ids
     return named
-
-
-def use_cache(folder: str) -> Path | None:
-    """Keep compiled programs in `folder` between runs; where, or None where they are not kept."""
-    if folder == "none":
-        return None
-    if chosen := jax.config.values["jax_compilation_cache_dir"]:
-        return Path(chosen)
-    path = Path.home() / ".cache" / "octavo" / "programs" if folder == "auto" else Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        logger.warning(
-            "compiled programs cannot be kept in %s (%s), so every start compiles again; "
-            "--compilation-cache takes another folder",
-            path,
-            (error.strerror or str(error)).lower(),
-        )
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return path

@@ -15,12 +15,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from octavo.engine.build import use_cache
 from octavo.engine.compiles import WATCH
 from octavo.engine.config import EngineConfig
-from octavo.engine.device import use_cache
 from octavo.engine.encode import EncodePrograms
 from octavo.engine.encoder_plan import Encoder, Progress, assemble_encoder, check_encoder
-from octavo.engine.messages import Encoded, EncodeRequest, Finish, Output, Pooler, Ready, Stats
+from octavo.engine.messages import (
+    Encoded,
+    EncodeRequest,
+    Finish,
+    Output,
+    Pooler,
+    Ready,
+    Stats,
+    View,
+)
 from octavo.engine.packing import Batch, Job, choose, pack
 from octavo.engine.reader import Reader
 
@@ -163,6 +172,13 @@ class EncoderCore:
         counts.in_flight, counts.stalls = len(self._flights), self.reader.counts.stalls
         counts.compiles_after_ready = WATCH.unexpected - self._compiled
         return counts
+
+    def view(self) -> View:
+        """There are no pages and no slots here: only the figures."""
+        return View(time.monotonic(), self.stats(), page_size=0, maps=[], slots=b"")
+
+    def unwatch(self) -> None:
+        """A view costs nothing that would have to be stopped."""
 
     def ready(self) -> Ready:
         """What a client must know of this engine."""

@@ -22,6 +22,8 @@ GiB = 1 << 30
 MiB = 1 << 20
 # Pages a window's sequence may hold beyond its window before a plan takes them back; scheduler.py.
 WINDOW_SLACK = 5
+# Of the longest prompts, a step that the backend sizes has room for no more than this many.
+PROMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def resolve(
     page = config.page_size or backend.page_size
     longest = _longest(config, facts)
     budget = config.max_num_batched_tokens or backend.max_num_batched_tokens
-    budget = min(budget, 1 << (longest - 1).bit_length())
+    whole = 1 << (longest - 1).bit_length()
+    budget = min(budget, whole * (1 if config.max_num_batched_tokens else min(seqs, PROMPTS)))
     limit = backend.memory_limit()
     while True:
         built = model or build(facts, longest)
@@ -139,7 +142,7 @@ def resolve(
     small = weights < backend.small_model
     rows = backend.row_buckets(seqs)
     if small:
-        rows = tuple(r for r in rows if r >= backend.small_rows) or rows[-1:]
+        rows = (*(r for r in backend.small_rows if r < seqs), seqs)
     return Resolved(
         config=config,
         model=built,
@@ -151,7 +154,7 @@ def resolve(
         max_model_len=longest,
         memory=memory,
         steps=backend.small_steps if small else 1,
-        several_rows=tuple(r for r in rows if small and r <= backend.small_steps_rows),
+        several_rows=rows if small and backend.small_steps > 1 else (),
     )
 
 

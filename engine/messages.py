@@ -4,6 +4,8 @@ Everything is a `msgspec` struct encoded as msgpack; what is many tokens at once
 little-endian bytes, so that a step of 256 sequences is one small message and not 256 objects.
 """
 
+from enum import IntEnum
+
 import msgspec
 
 from octavo.engine.sampling_params import SamplingParams
@@ -152,5 +154,52 @@ class Dead(msgspec.Struct, tag="dead", array_like=True):
     message: str
 
 
-ToEngine = AddRequest | Abort | EncodeRequest
-FromEngine = Output | Ready | Dead
+# What a cell of a PageMap says in its low 16 bits: one of these, or FIRST_SLOT + the slot.
+FREE_PAGE, IDLE_PAGE, RETURNING_PAGE, TRASH_PAGE, FIRST_SLOT = 0, 1, 2, 3, 4
+SHARERS_SHIFT, USED_SHIFT = 16, 24  # bits 16 to 23: rows that refer to it; 24 to 31: see PageMap
+
+
+class SlotState(IntEnum):
+    """What the sequence in a slot is doing."""
+
+    PREFILL = 0
+    DECODE = 1
+    STOPPING = 2  # aborted or ended by the host: the slot is free after a harvest
+    PREEMPTING = 3  # goes back to the queue after a harvest
+
+
+class Watch(msgspec.Struct, tag="watch", array_like=True):
+    """Send a View every `every` seconds, for `seconds` from now; 0 seconds ends it."""
+
+    seconds: float
+    every: float = 0.2
+
+
+class PageMap(msgspec.Struct, array_like=True):
+    """Who has which page of one group, as far as harvested.
+
+    A cell is `per_cell` pages in a row. Its low 16 bits name the owner (of a shared page the
+    highest slot, of several pages the highest owner), its top 8 how many of its pages are in rows.
+    """
+
+    pages: int  # in the pool, the trash page counted
+    window: int  # tokens that a layer of this group sees; 0 is all
+    per_cell: int
+    cells: bytes  # u32[cells]
+    hits: bytes  # u32[n] cells that the prefix index gave to a new sequence since the last view
+
+
+class View(msgspec.Struct, tag="view", array_like=True):
+    """The engine at one moment, for those who watch."""
+
+    time: float  # seconds, time.monotonic of the host: for rates from the totals in `stats`
+    stats: Stats
+    page_size: int  # tokens in a page
+    maps: list[PageMap]  # per group
+    # u32[n, 7] slots that are somebody's: slot, handle of the engine, SlotState, prompt tokens,
+    # tokens so far, tokens where this state ends, pages of all groups
+    slots: bytes
+
+
+ToEngine = AddRequest | Abort | EncodeRequest | Watch
+FromEngine = Output | Ready | Dead | View

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from octavo.backends.select import select
 from octavo.engine.assemble import cache_maker, limits_of, open_model
+from octavo.engine.build import cache_folder, use_cache
 from octavo.engine.config import ConfigError, EngineConfig
-from octavo.engine.device import use_cache
 from octavo.engine.encoder_plan import EncoderMemory, plan_encoder
 from octavo.engine.memory import MemoryPlan, Resolved, resolve, size
 from octavo.engine.programs import Programs
@@ -27,7 +27,7 @@ def plan_memory(config: EngineConfig) -> MemoryPlan | EncoderMemory:
     backend = select(config.device)
     with closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
-    folder = use_cache(config.compilation_cache)
+    folder = cache_folder(config.compilation_cache)
     machine = Machine(resolved.dims, resolved.model, backend)
     limits = replace(
         limits_of(config, resolved),

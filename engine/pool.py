@@ -5,8 +5,6 @@ may count on meanwhile: never more than the free pages the device will have afte
 step. Host code: no jax, no clock.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from octavo.engine.prefix import PrefixIndex
@@ -26,6 +24,7 @@ class Pool:
         self.sent_first = np.zeros(dims.slots, np.int32)  # window advances already dispatched
         self.references = np.zeros(group.pages, np.int32)
         self.index = PrefixIndex()
+        self.hits: list[int] | None = None  # shared since the last View; None: nobody looks
         self.evictions = 0  # since start
         self.returns: list[int] = []  # decided, in no dispatched plan yet
         self.bound = group.pages - 1
@@ -48,8 +47,10 @@ class Pool:
             self.returns.append(self.index.evict())
             self.evictions += 1
 
-    def share(self, ids: Iterable[int]) -> None:
+    def share(self, ids: list[int]) -> None:
         """A new row refers to these indexed (or another row's) pages."""
+        if self.hits is not None:
+            self.hits += ids
         for page in ids:
             self.references[page] += 1
             self.index.use(page)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from octavo.backends.select import select
-from octavo.engine.assemble import cache_maker, limits_of, open_model, refusals
+from octavo.engine.assemble import open_model, refusals
+from octavo.engine.build import Build, cache_folder, use_cache
 from octavo.engine.config import ConfigError, EngineConfig
-from octavo.engine.device import use_cache
+from octavo.engine.encode import EncodePrograms, Reading
+from octavo.engine.encoder_plan import resolve_encoder
 from octavo.engine.memory import resolve
-from octavo.engine.programs import Programs
-from octavo.engine.step import Machine
-from octavo.models.checkpoint import Checkpoint, CheckpointError
+from octavo.engine.runner import choose_runner
+from octavo.models.checkpoint import CheckpointError
 from octavo.models.config import ModelConfig
 
 
@@ -28,14 +29,16 @@ class Prepared:
     seconds: float
 
 
-def _open(config: EngineConfig) -> Checkpoint:
-    """The checkpoint, of which only the config is read: without weights where that is enough."""
+def _readable(config: EngineConfig) -> EngineConfig:
+    """The config, without weights where a config.json is enough: only that is read here."""
     if config.load_format == "auto":
+        without = replace(config, load_format="dummy")
         try:
-            return open_model(replace(config, load_format="dummy"))
+            open_model(without).close()
         except CheckpointError:  # a folder with nothing but a .gguf file
-            pass
-    return open_model(config)
+            return config
+        return without
+    return config
 
 
 def prepare(
@@ -43,21 +46,36 @@ def prepare(
 ) -> Prepared:
     """Compile what is not kept yet. Raises ConfigError where the model cannot be served here."""
     config.validate()
-    folder = use_cache(config.compilation_cache)
+    folder = cache_folder(config.compilation_cache)
     if folder is None:
         raise ConfigError(
             "there is no folder to keep compiled programs in",
             "--compilation-cache takes one that can be written to",
         )
-    backend = select(config.device)
-    with refusals(), closing(_open(config)) as checkpoint:
-        resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
-    machine = Machine(resolved.dims, resolved.model, backend)
-    programs = Programs(machine, limits_of(config, resolved), config.max_logprobs, folder)
-    began = time.perf_counter()
-    programs.compile(
-        resolved.model.abstract_params(resolved.dtype), cache_maker(backend, resolved), progress
-    )
-    seconds = time.perf_counter() - began
+    with refusals():
+        config = _readable(config)
+        if choose_runner(config) == "pooling":
+            return _prepare_encoder(config, folder, progress)
+        build = Build(config, progress)
+        backend = select(config.device)
+        with closing(open_model(config)) as checkpoint:
+            resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
+    build.begin(backend, resolved)
+    programs = build.programs()
     found = programs.found
-    return Prepared(backend.reason, folder, found, len(programs.builds) - found, seconds)
+    return Prepared(backend.reason, folder, found, len(programs.builds) - found, build.seconds)
+
+
+def _prepare_encoder(
+    config: EngineConfig, folder: Path, progress: Callable[[str, int, int], None] | None
+) -> Prepared:
+    """The same for a model that reads; jax's own cache keeps its programs, and counts none."""
+    use_cache(config.compilation_cache)
+    backend = select(config.device)
+    with closing(open_model(config)) as checkpoint:
+        pooling, sizes = resolve_encoder(config, backend, checkpoint)
+    began = time.perf_counter()
+    programs = EncodePrograms(Reading(sizes.model, backend, pooling.mode))
+    programs.compile(sizes.model.abstract_params(sizes.dtype), sizes.shapes, progress)
+    seconds = time.perf_counter() - began
+    return Prepared(backend.reason, folder, 0, len(sizes.shapes), seconds)

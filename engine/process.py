@@ -40,8 +40,11 @@ from octavo.engine.messages import (
     Ready,
     Stats,
     ToEngine,
+    View,
+    Watch,
 )
 from octavo.engine.runner import GENERATES, core_of
+from octavo.engine.watchers import Watchers
 
 CORE = GENERATES  # and where nothing else is asked for, what reads for a model that only reads
 HEARTBEAT = 0.25  # seconds between two Stats to every client
@@ -61,6 +64,8 @@ class Core(Protocol):
     def has_work(self) -> bool: ...
     def turn(self) -> list[Output]: ...
     def stats(self) -> Stats: ...
+    def view(self) -> View: ...
+    def unwatch(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -189,6 +194,7 @@ class Loop:
         self._ready = core.ready()
         self._alive: dict[int, set[int]] = {}  # the engine's handles of each client
         self._next_beat = 0.0
+        self._watchers = Watchers()
         self.stopping = False
 
     def run(self) -> None:
@@ -202,9 +208,13 @@ class Loop:
             elif self.stopping:
                 return
             else:
-                self._inbox.wait(max(0.0, self._next_beat - time.monotonic()))
-            if time.monotonic() >= self._next_beat:
+                due = min(self._next_beat, self._watchers.due)
+                self._inbox.wait(max(0.0, due - time.monotonic()))
+            now = time.monotonic()
+            if now >= self._next_beat:
                 self._beat()
+            if now >= self._watchers.due:
+                self._show(now)
 
     def _take_messages(self) -> None:
         for client, message in self._inbox.drain():
@@ -213,10 +223,27 @@ class Loop:
                 handles = [base | handle for handle in message.handles]
                 self._core.abort(handles)
                 self._alive.get(client, set()).difference_update(handles)
+            elif isinstance(message, Watch):
+                self._watch(client, message)
             elif self.stopping:
                 self._refuse(base | message.handle, message, "the server is shutting down", 503)
             else:
                 self._add(client, message)
+
+    def _watch(self, client: int, watch: Watch) -> None:
+        self._watchers.renew(client, watch, time.monotonic())
+        if not self._watchers:
+            self._core.unwatch()
+
+    def _show(self, now: float) -> None:
+        """Send a view to those who watch; nothing here runs while nobody does."""
+        watching = self._watchers.take(now)
+        if not watching:
+            self._core.unwatch()
+            return
+        view = self._core.view()
+        for client in watching:
+            self._outbox.send(client, view)
 
     def _add(self, client: int, request: AddRequest | EncodeRequest) -> None:
         request.handle |= client << CLIENT_SHIFT

@@ -14,9 +14,10 @@ shard.
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import jax
@@ -96,9 +97,13 @@ class Programs:
         return [(r, 0) for r in rows] + [(rows[-1], t) for t in tokens]
 
     def compile(
-        self, params: Any, init_kv: Callable[[], Any], progress: Progress | None = None
+        self,
+        params: Any,
+        init_kv: Callable[[], Any],
+        progress: Progress | None = None,
+        stop: Event | None = None,
     ) -> None:
-        """Compile everything. params: arrays or ShapeDtypeStructs."""
+        """Compile everything. params: arrays or ShapeDtypeStructs. `stop` ends it unfinished."""
         state = jax.eval_shape(lambda: new_state(self.machine, init_kv))
         jobs = self._jobs(jax.tree.map(_abstract, params), state, init_kv)
         store = None
@@ -110,11 +115,16 @@ class Programs:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
             futures = []
             for job in jobs:
+                if stop is not None and stop.is_set():
+                    threads.shutdown(cancel_futures=True)
+                    raise CancelledError
                 if store is not None and store.has(job.name, job.details):
                     futures.append((job, threads.submit(_timed, store.load, job.name, job.details)))
                 else:
                     futures.append((job, self._build(job, store, threads)))
             for job, work in futures:
+                if stop is not None and stop.is_set():
+                    threads.shutdown(cancel_futures=True)
                 program, seconds = work.result()
                 if program is None:  # it was kept and is of no use
                     program, seconds = self._build(job, store, threads).result()
@@ -131,11 +141,14 @@ class Programs:
         """Trace here, compile and keep there: a future of (program, seconds)."""
         began = time.perf_counter()
         lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.arguments)
-        options: Any = dict(self.machine.backend.compiler_options(job.tokens)) or None
+        backend = self.machine.backend
+        options = dict(backend.compiler_options(job.tokens))
+        if backend.autotuning and store is not None:
+            options[backend.autotuning] = str(store.folder / "autotuning")
         self.builds[job.name] = (time.perf_counter() - began, 0.0)
 
         def work() -> tuple[Any, float]:
-            program, seconds = _timed(lowered.compile, compiler_options=options)
+            program, seconds = _timed(lowered.compile, compiler_options=options or None)
             if store is not None:
                 store.save(job.name, job.details, program)
             return program, seconds

@@ -28,10 +28,14 @@ def extend(host: Host, launch: Launch | None) -> None:
 
 
 def _may(host: Host, launch: Launch) -> bool:
-    """Whether the step is plain decoding, and neither prompts nor stops wait for the next plan."""
-    if launch.rows not in host.limits.several_rows or launch.tokens or launch.rich:
+    """Whether the step is plain decoding, and nobody waits who could begin with the next plan."""
+    if launch.rows not in host.limits.several_rows or launch.tokens:
         return False
-    return not host.prefilling and not host.stopping and host.peek() is None
+    if launch.rich or launch.masked:
+        return False
+    if host.prefilling or host.stopping:
+        return False
+    return host.peek() is None or not host.free_slots
 
 
 def _most_pages(host: Host, steps: int) -> int:

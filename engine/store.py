@@ -1,9 +1,9 @@
 """Compiled programs on disk, found again without tracing: what a warm start would spend most on.
 
-jax's own cache is asked with a traced and lowered program; here a program is known by what it is
-made from: Octavo's sources, jax, XLA's flags, the device, the model's config and every size. A
-change of any of them is another name, and its files are compiled anew; what cannot be read is
-compiled again. Files that nobody read for a month go when another is written.
+jax's own cache wants the traced and lowered program; here a program is known by what it is made
+from: Octavo's sources, jax, XLA's flags, the device, the model's config and every size. A change of
+any of them is another name, and its files are compiled anew; what cannot be read is compiled again.
+Files that nobody read for a month go when another is written.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import os
 import pickle
 import platform
 import tempfile
+import threading
 import time
 from functools import cache
 from importlib import metadata
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 from jax.experimental import serialize_executable
 
 import octavo
@@ -33,7 +35,27 @@ SETTINGS = (
     "jax_numpy_dtype_promotion",
     "jax_threefry_partitionable",
 )
+HIT = "/jax/compilation_cache/cache_hits"
 UNREAD = 30 * 24 * 3600  # seconds
+
+
+class _Hits(threading.local):
+    """Whether jax's own cache, where the user has one, gave this thread a program."""
+
+    def __init__(self) -> None:
+        self.any = False
+
+    def take(self) -> bool:
+        """Whether it did since the last call."""
+        found, self.any = self.any, False
+        return found
+
+    def on_event(self, event: str, **_: str | int) -> None:
+        self.any = self.any or event == HIT
+
+
+_HITS = _Hits()
+jax.monitoring.register_event_listener(_HITS.on_event)
 
 
 class Store:
@@ -65,7 +87,12 @@ class Store:
         return program
 
     def save(self, name: str, details: object, program: Any) -> None:
-        """Keep a program. What cannot be kept is only not found the next time."""
+        """Keep a program. What cannot be kept is only not found the next time.
+
+        One that came out of jax's own cache is not whole: it runs, but cannot be kept again.
+        """
+        if _HITS.take():
+            return
         path = self._path(name, details)
         try:
             blob = pickle.dumps(serialize_executable.serialize(program))

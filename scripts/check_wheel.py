@@ -1,4 +1,4 @@
-"""Fail if the wheel misses a module of a top-level folder, or carries a stray one."""
+"""Fail if the wheel misses a module or a file of the page, or carries a stray one."""
 
 import sys
 import zipfile
@@ -12,11 +12,16 @@ def main(wheel: str) -> None:
     want = {f"octavo/{p}" for f in FOLDERS for p in Path(f).rglob("*.py")}
     want |= {str(p) for p in Path("octavo").glob("*.py")}
     want |= {str(p) for p in Path("octavo/cli").glob("*.py")}
-    have = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    want |= {f"octavo/{p}" for p in Path("server/page").iterdir()}
+    have = {
+        name
+        for name in zipfile.ZipFile(wheel).namelist()
+        if name.endswith(".py") or name.startswith("octavo/server/page/")
+    }
     missing, stray = sorted(want - have), sorted(have - want)
     if missing or stray:
         sys.exit(f"error: the wheel is wrong\n  missing: {missing}\n  stray:   {stray}")
-    print(f"{wheel}: {len(have)} modules, as in the folders")
+    print(f"{wheel}: {len(have)} modules and files of the page, as in the folders")
 
 
 if __name__ == "__main__":

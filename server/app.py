@@ -20,15 +20,17 @@ from octavo.server.observe import Observed, log_line
 from octavo.server.openapi import document, page
 from octavo.server.protocol.errors import ApiError
 from octavo.server.respond import error_response
+from octavo.server.responding import Responses
+from octavo.server.routes import page as live_page
 from octavo.server.routes.table import ENDPOINTS
 from octavo.server.tracing import Traces
 
 logger = logging.getLogger("octavo.server")
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError), f"{error=}"
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -37,20 +39,20 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: f"there is no {request.url.path} here; GET /v1/models lists the models",
         405: f"{request.url.path} does not take {request.method}",
     }
-    return error_response(
-        ApiError(error.status_code, messages.get(error.status_code, error.detail))
-    )
+    message = messages.get(error.status_code, error.detail)
+    return error_response(ApiError(error.status_code, message), request.url.path)
 
 
-async def _too_deep(_: Request, error: Exception) -> Response:
+async def _too_deep(request: Request, error: Exception) -> Response:
     """A body may be read and still be too deep for what works on it: templates, schemas."""
     logger.warning("a request was nested too deeply", exc_info=error)
-    return error_response(ApiError(400, "the body is nested too deeply"))
+    return error_response(ApiError(400, "the body is nested too deeply"), request.url.path)
 
 
-async def _bug(_: Request, error: Exception) -> Response:
+async def _bug(request: Request, error: Exception) -> Response:
     logger.error("a request failed", exc_info=error)
-    return error_response(ApiError(500, "internal error; the server's log has the details"))
+    failure = ApiError(500, "internal error; the server's log has the details")
+    return error_response(failure, request.url.path)
 
 
 def create_app(
@@ -72,6 +74,7 @@ def create_app(
         if on_start is not None:
             on_start()
         yield
+        await responses.close()
         frontend.siblings.stop()
         frontend.template_room.close()
         if traces is not None:
@@ -79,7 +82,8 @@ def create_app(
         await frontend.client.close()
         frontend.grammars.close()
 
-    routes = [endpoint.route() for endpoint in ENDPOINTS]
+    responses = Responses(frontend, frontend.folder)
+    routes = [*(endpoint.route() for endpoint in ENDPOINTS), *live_page.ROUTES]
     middleware = [Middleware(Observed, figures=frontend.client.figures, tell=tell)]
     if settings.cors_origin:
         cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}
@@ -95,7 +99,7 @@ def create_app(
     app = Starlette(
         routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan
     )
-    app.state.frontend = frontend
+    app.state.frontend, app.state.responses = frontend, responses
     described = document(ENDPOINTS, lambda path: needs_key(settings, path))
     app.state.openapi, app.state.docs = msgspec.json.encode(described), page(described)
     return app

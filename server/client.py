@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 
 import msgspec
 import zmq
@@ -23,6 +23,8 @@ from octavo.engine.messages import (
     Ready,
     Stats,
     ToEngine,
+    View,
+    Watch,
 )
 from octavo.engine.process import (
     HANDLE_MASK,
@@ -35,6 +37,7 @@ from octavo.server.encodings import Encodings
 from octavo.server.figures import Figures
 from octavo.server.generation import Generation as Generation
 from octavo.server.protocol.errors import ApiError, unavailable
+from octavo.server.views import Views
 
 HUNG_AFTER = 30.0  # seconds without a word from a ready engine
 TURN = 0.002  # seconds of outputs taken in before the streams may send
@@ -78,6 +81,7 @@ class EngineClient:
         self.stats = Stats()
         self.folder, self.number = address.removeprefix("ipc://"), client
         self.figures = Figures()
+        self.views = Views(self._ask_views)
         self.ready: Ready | None = None
         self.last_words: str | None = None
         self.settled = asyncio.Event()  # ready or dead
@@ -196,6 +200,14 @@ class EngineClient:
         if handles and self.last_words is None:
             self._requests.send(self._encode(Abort(handles)), zmq.NOBLOCK)
 
+    def watch(self) -> AsyncGenerator[View | None]:
+        """Views of the engine while they are iterated; None after a second without one."""
+        return self.views.watch()
+
+    def _ask_views(self, watch: Watch) -> None:
+        if self.last_words is None and not self._requests.closed:
+            self.send(watch)
+
     def fail_all(self, error: ApiError) -> None:
         """End every generation with an error, and the engine's work on it."""
         for generation in tuple(self._alive.values()):
@@ -231,6 +243,8 @@ class EngineClient:
             self.settled.set()
         elif isinstance(message, Dead):
             self._die(message.message)
+        elif isinstance(message, View):
+            self.views.put(message)
         else:
             self._take_output(message)
 

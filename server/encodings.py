@@ -36,8 +36,16 @@ class Encodings:
     def __len__(self) -> int:
         return len({id(body) for body in self._waiting.values()})
 
-    async def read(self, texts: Sequence[Text], request_id: str) -> list[bytes]:
-        """Each text's vector, in order. Whoever stops waiting takes the work along."""
+    async def read(
+        self, texts: Sequence[Text], request_id: str, timeout: float = 0.0
+    ) -> list[bytes]:
+        """Each text's vector, in order. Whoever stops waiting takes the work along.
+
+        `timeout` seconds at most, 0 is no limit; after them ApiError 408.
+        """
+        record = current()
+        if record is not None:
+            record.id = record.id or request_id
         self._check_room(len(texts))
         arrival = time.monotonic()
         handles = self._client.reserve(len(texts))
@@ -47,7 +55,12 @@ class Encodings:
                 self._waiting[handle] = body
                 self._read(len(text.ids))
                 self._client.send(text.request(handle, request_id, arrival))
-            await body.done
+            async with asyncio.timeout(timeout or None):
+                await body.done
+        except TimeoutError:
+            raise ApiError(
+                408, f"the request ran into its own time limit of {timeout:g} s"
+            ) from None
         finally:
             left = [handle for handle in handles if self._waiting.pop(handle, None)]
             self._client.release(handles)

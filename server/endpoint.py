@@ -8,6 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from octavo.server.protocol.errors import ErrorResponse
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -20,6 +22,7 @@ class Endpoint:
     answer: Any = None  # of the response's body; None: not JSON
     method: str = "GET"
     media_type: str = ""  # of an answer that is not JSON
+    error: Any = ErrorResponse  # the type of a refusal
     streams: bool = False  # `stream: true` answers with server-sent events
 
     def route(self) -> Route:
@@ -27,6 +30,12 @@ class Endpoint:
 
 
 def post(
-    path: str, handler: Any, summary: str, body: Any, answer: Any, streams: bool = False
+    path: str,
+    handler: Any,
+    summary: str,
+    body: Any,
+    answer: Any,
+    streams: bool = False,
+    error: Any = ErrorResponse,
 ) -> Endpoint:
-    return Endpoint(path, handler, summary, body, answer, "POST", streams=streams)
+    return Endpoint(path, handler, summary, body, answer, "POST", streams=streams, error=error)

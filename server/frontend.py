@@ -57,24 +57,44 @@ class RequestId:
     def of(
         cls, request: Request, body: GenerationRequest | ReadingRequest, kind: str
     ) -> "RequestId":
-        """`kind`-name, the name from the body, the X-Request-Id header or chance."""
+        """`kind`-name, the name from the body, the X-Request-Id header or chance.
+
+        A `kind` that ends with an underscore needs no dash.
+        """
+        header = request.headers.get("x-request-id", "")
+        return cls._named(body, kind, header if _ID.fullmatch(header) else uuid.uuid4().hex)
+
+    @classmethod
+    def fresh(cls, body: GenerationRequest, kind: str) -> "RequestId":
+        """The same without the header: for what can be asked for again by its name."""
+        return cls._named(body, kind, uuid.uuid4().hex)
+
+    @classmethod
+    def _named(
+        cls, body: GenerationRequest | ReadingRequest, kind: str, otherwise: str
+    ) -> "RequestId":
         if body.request_id is not None and not _ID.fullmatch(body.request_id):
             raise bad_request(
                 "`request_id` must be 1 to 128 letters, digits or any of . : @ / + = _ -",
                 "request_id",
             )
-        header = request.headers.get("x-request-id", "")
-        name = body.request_id or (header if _ID.fullmatch(header) else uuid.uuid4().hex)
-        return cls(f"{kind}-{name}", int(time.time()))
+        dash = "" if kind.endswith("_") else "-"
+        return cls(f"{kind}{dash}{body.request_id or otherwise}", int(time.time()))
 
 
 class Frontend:
     """Tokenizes and submits; one a process."""
 
     def __init__(
-        self, settings: ServerSettings, config: EngineConfig, text: ModelText, client: EngineClient
+        self,
+        settings: ServerSettings,
+        config: EngineConfig,
+        text: ModelText,
+        client: EngineClient,
+        folder: str | None = None,
     ) -> None:
-        self.settings, self.client = settings, client
+        """`folder` is private, and shared by the API processes of one server."""
+        self.settings, self.client, self.folder = settings, client, folder
         self.model, self.names = config.model, settings.names(config.model)
         self.max_logprobs = config.max_logprobs
         self.started = int(time.time())
@@ -95,7 +115,7 @@ class Frontend:
             snapshots=self.siblings.everybody,
             config=config,
         )
-        self.pooling = Pooling(text, client)
+        self.pooling = Pooling(text, client, self._timeout)
         self._text = text
         self.grammars = Checker(self._vocabulary, config.grammar_time_limit)
 
@@ -260,7 +280,7 @@ class Frontend:
             record.generations.append(generation)
         return generation
 
-    def _timeout(self, body: GenerationRequest) -> float:
+    def _timeout(self, body: GenerationRequest | ReadingRequest) -> float:
         """Seconds that the request may take; 0 is no limit."""
         if body.timeout is None:
             return self.settings.request_timeout

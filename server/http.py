@@ -117,6 +117,7 @@ class HttpServer(uvicorn.Server):
             self.force_exit = True
             return
         self.should_exit = True
+        self._client.views.close()  # those who only look on need not be waited for
         open_requests = self._client.open_requests
         if open_requests:
             logger.warning(

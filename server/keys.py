@@ -66,7 +66,7 @@ class ApiKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and needs_key(self._settings, scope["path"]):
             if not self._knows(scope["headers"]):
-                await error_response(_unauthorized())(scope, receive, send)
+                await error_response(_unauthorized(), scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

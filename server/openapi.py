@@ -10,7 +10,6 @@ import msgspec
 
 from octavo import __version__
 from octavo.server.endpoint import Endpoint
-from octavo.server.protocol.errors import ErrorResponse
 
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 REFUSALS = {
@@ -25,6 +24,7 @@ REFUSALS = {
     500: "A fault of the server; its log has the details",
     501: "The server does not do this",
     503: "Not now: starting, full or stopping; `Retry-After` says when to try again",
+    529: "The same as 503, where the body is Anthropic's",
 }
 
 
@@ -34,12 +34,11 @@ def document(
     """The OpenAPI 3.1 description of `endpoints`; `needs_key` says which paths ask for a key."""
     types = [t for e in endpoints for t in (e.body, e.answer) if t is not None]
     schemas, components = msgspec.json.schema_components(
-        [*types, ErrorResponse], ref_template="#/components/schemas/{name}"
+        [*types, *(e.error for e in endpoints)], ref_template="#/components/schemas/{name}"
     )
-    *listed, error = schemas
-    made = iter(listed)
+    made, errors = iter(schemas[: len(types)]), schemas[len(types) :]
     paths: dict[str, Any] = {}
-    for endpoint in endpoints:
+    for endpoint, error in zip(endpoints, errors, strict=True):
         body = next(made) if endpoint.body is not None else None
         answer = next(made) if endpoint.answer is not None else None
         operation = _operation(endpoint, body, answer, error)

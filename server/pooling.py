@@ -47,8 +47,16 @@ class Scored:
 class Pooling:
     """Tokenizes and asks the engine; one a process."""
 
-    def __init__(self, text: ModelText, client: EngineClient) -> None:
-        self._text, self._client = text, client
+    def __init__(
+        self,
+        text: ModelText,
+        client: EngineClient,
+        timeout: Callable[[ReadingRequest], float],  # seconds that a request may take; 0: no limit
+    ) -> None:
+        self._text, self._client, self._timeout = text, client, timeout
+
+    async def _read(self, texts: list[Text], body: ReadingRequest, request_id: str) -> list[bytes]:
+        return await self._client.encodings.read(texts, request_id, self._timeout(body))
 
     async def embed(self, body: EmbeddingRequest, request_id: str) -> Embedded:
         """ApiError 400 names what cannot be served, 503 says to wait."""
@@ -60,7 +68,7 @@ class Pooling:
         texts = Texts(self._text, ready, body.truncate_prompt_tokens)
         size = sum(len(prompt) for prompt in prompts)
         read = await _away(size, lambda: [texts.one(prompt, special) for prompt in prompts])
-        vectors = await self._client.encodings.read(read, request_id)
+        vectors = await self._read(read, body, request_id)
         shown = [embedding(v, pooler, body.dimensions, body.normalize) for v in vectors]
         return Embedded(shown, _tokens(read))
 
@@ -83,10 +91,10 @@ class Pooling:
                     f"the model has {pooler.size} labels, and a score needs a model with exactly 1"
                 )
             read = await _away(size, lambda: [texts.pair(a, b) for a, b in matched])
-            vectors = await self._client.encodings.read(read, request_id)
+            vectors = await self._read(read, body, request_id)
             return Scored([score(v, pooler) for v in vectors], _tokens(read))
         read = await _away(size, lambda: [texts.one(t) for t in (*first, *second)])
-        vectors = await self._client.encodings.read(read, request_id)
+        vectors = await self._read(read, body, request_id)
         left, right = vectors[: len(first)], vectors[len(first) :]
         left = left * len(right) if len(left) == 1 else left
         scores = [cosine(a, b) for a, b in zip(left, right, strict=True)]

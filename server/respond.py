@@ -1,6 +1,7 @@
 """Bodies in, bodies out: the two ends of every handler."""
 
 import json
+import uuid
 from typing import TypeVar
 
 import msgspec
@@ -9,9 +10,11 @@ from starlette.responses import Response
 
 from octavo.server.frontend import Frontend
 from octavo.server.protocol.errors import ApiError, bad_request, from_validation
+from octavo.server.protocol.messages import error_body, status_of
 
 Body = TypeVar("Body")
 JSON = "application/json"
+MESSAGES = "/v1/messages"  # Anthropic's; all else is OpenAI's
 
 
 def frontend_of(request: Request) -> Frontend:
@@ -58,7 +61,13 @@ def json_response(body: object, status: int = 200, request_id: str = "") -> Resp
     return Response(msgspec.json.encode(body), status, headers, media_type=JSON)
 
 
-def error_response(error: ApiError) -> Response:
-    response = json_response(error.body(), error.status)
+def error_response(error: ApiError, path: str = "") -> Response:
+    """What went wrong, in the shape that clients of this path know."""
+    if path.startswith(MESSAGES):
+        request_id = f"req_{uuid.uuid4().hex}"
+        response = json_response(error_body(error, request_id), status_of(error), request_id)
+        response.headers["request-id"] = request_id
+    else:
+        response = json_response(error.body(), error.status)
     response.headers.update(error.headers)
     return response

@@ -67,6 +67,13 @@ class ServerSettings:
         30.0, "SECONDS", "how long the engine may be silent before /health answers 503"
     )
 
+    # What is kept for GET /v1/responses/{id} and `previous_response_id`.
+    max_stored_responses: int = setting(10_000, "N", "responses kept; 0 keeps none")
+    max_stored_response_bytes: int = setting(
+        256 * 1024 * 1024, "N", "bytes of kept responses; the one used longest ago goes first"
+    )
+    stored_response_ttl: float = setting(86_400.0, "SECONDS", "how long a response is kept at most")
+
     # Chat templates.
     chat_template: str = setting("", "FILE", "Jinja file instead of the model's own chat template")
     trust_request_chat_template: bool = setting(

@@ -53,7 +53,7 @@ def serve_one(
         max_queued=max(1, config.max_num_queued_reqs // settings.api_server_count),
         hung_after=settings.hung_after,
     )
-    frontend = Frontend(settings, config, text, client)
+    frontend = Frontend(settings, config, text, client, address.removeprefix("ipc://"))
     url = url_of(settings, listener)
 
     def on_ready(seconds: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,7 +47,8 @@ class Compiler:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="octavo-grammar")
         self._opened: Future[tuple[LLTokenizer, Vocabulary]] | None = None
         self._done: queue.SimpleQueue[Compiled] = queue.SimpleQueue()
-        self._kept: OrderedDict[str, tuple[LLMatcher, int]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[LLMatcher | None, int]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def warm(self) -> None:
         """Begin to read the vocabulary, so that the first request need not wait for it."""
@@ -57,15 +59,15 @@ class Compiler:
         """Compile the grammar of one request's sequences. True: they have their guides already."""
         text = sequences[0].request.grammar
         self.warm()
-        if text in self._kept and self._opened is not None and self._opened.done():
-            matcher, copies = self._kept.pop(text)
-            copies += len(sequences)
-            if copies <= COPIES:
-                self._kept[text] = matcher, copies
-            self._give(sequences, matcher)
-            return True
-        self._threads.submit(self._compile, text, sequences)
-        return False
+        with self._lock:
+            matcher, copies = self._kept.pop(text, (None, 0))
+            if matcher is not None and copies + len(sequences) <= COPIES:
+                self._kept[text] = matcher, copies + len(sequences)
+        if matcher is None:
+            self._threads.submit(self._compile, text, sequences)
+            return False
+        self._give(sequences, matcher)
+        return True
 
     def take(self, wait: float = 0.0) -> list[Compiled]:
         """What is done by now; waits up to `wait` seconds for the first."""
@@ -94,9 +96,10 @@ class Compiler:
                 raise ValueError("this engine has no tokenizer")
             matcher = compile_grammar(self._opened.result()[0], text)
             self._give(sequences, matcher)
-            self._kept[text] = matcher, len(sequences)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            with self._lock:
+                self._kept[text] = matcher, len(sequences)
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
         except ValueError as error:
             problem = f"`structured_outputs` cannot be used: {error}"
         except Exception as error:  # whatever it is, it is this request's alone

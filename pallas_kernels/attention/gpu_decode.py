@@ -35,7 +35,8 @@ from octavo.pallas_kernels.attention.reference import KV
 LOG2E = 1.4426950408889634
 NOTHING = -1e30  # a maximum over no logits; finite, so that differences never make NaN
 ROWS = 16  # the smallest M of a tensor core product
-MERGED = 16  # parts that one merge iteration reads
+MERGED = 64  # parts that one merge iteration reads
+FINER = 4
 
 
 @flax.struct.dataclass
@@ -47,15 +48,22 @@ class DecodePlan:
 
 
 def plan_decode(batch: RaggedBatch, *, window: int, tile: int, target: int) -> DecodePlan:
-    """Cut the rows' cached tokens into at most R + target parts of nearly equal length."""
+    """Cut the rows' cached tokens into at most R + FINER * target parts of nearly equal length.
+
+    About `target` parts where rows are alike: they run at once and end together. FINER times as
+    many where they are not, so that those that end early leave room to others.
+    """
     active = batch.row_count > 0
     end = jnp.where(active, batch.row_start, 0)
     first = jnp.maximum(end + 1 - window, 0) if window else jnp.zeros_like(end)
     tokens = jnp.maximum(end - first, 0)
 
-    span = _round_up(pl.cdiv(jnp.sum(tokens), target), tile)
+    alike = 2 * jnp.max(tokens) * jnp.sum(active) <= 3 * jnp.sum(tokens)
+    target *= FINER
+    span = pl.cdiv(jnp.sum(tokens), jnp.where(alike, target // FINER, target))
+    span = _round_up(span, tile)
     span = jnp.maximum(span, 2 * tile)  # shorter parts cost more to merge than they save
-    count = jnp.maximum(pl.cdiv(tokens, span), 1) * active
+    count = jnp.maximum((tokens + span // 2) // span, 1) * active  # the nearest number
     size = _round_up(pl.cdiv(tokens, jnp.maximum(count, 1)), tile)
     ends = jnp.cumsum(count)
 
@@ -231,7 +239,7 @@ def decode(
 
     Only the first R tokens, the rows', are read and written; the rest of y is whatever was there.
     The cache is updated in place where the caller gives it up. `target` parts per key-value head
-    fill the card.
+    fill the card, see plan_decode.
     """
     (_, H, D), (P, K, S, _), R = q.shape, cache.k.shape, batch.table.shape[0]
     target = target or max(1, 528 // K)  # 132 multiprocessors x 4 resident programs
@@ -256,7 +264,7 @@ def decode(
         (R, H),
         (plan.rows, acc, top, total, y),
         jax.ShapeDtypeStruct(q.shape, q.dtype),
-        aliases={4: 0}, warps=2, name="merge_decode", interpret=interpret,
+        aliases={4: 0}, warps=4, name="merge_decode", interpret=interpret,
     )  # fmt: skip
     return y, KV(k=k_flat.reshape(P, K, S, D), v=v_flat.reshape(P, K, S, D))
 

@@ -2,17 +2,24 @@
 
     y[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // G]) v[j, h // G]      j <= position of t
 
-The blocks are those of gpu_prefill.py, 128 tokens each, from a multiple of 8, which is how the copy
-engine counts rows. One program per (block, query head), of three warpgroups:
+The blocks are those of gpu_prefill.py, 128 tokens each. Every multiprocessor keeps one program,
+which works on its share of the (block, query head) pairs, those that see most keys first; in each
+it walks from the last tile of keys to the first, so that masks come first. Three warpgroups:
 
     memory   | page ids -> k tile -> v tile | page ids -> k tile -> v tile | ...  stages tiles ahead
-    mixer 0  |  q.k  |  softmax  |  p.v  |  q.k  |  softmax  | ...                tokens 0..63
-    mixer 1          |  q.k  |  softmax  |  p.v  |  q.k  |  softmax  | ...        tokens 64..127
+    mixer 0  | q.k 1, p.v 0 |  softmax 1   | q.k 2, p.v 1 |  softmax 2   | ...    tokens 0..63
+    mixer 1                 | q.k 1, p.v 0 |  softmax 1   | q.k 2, p.v 1 | ...    tokens 64..127
 
-The mixers take turns at the tensor cores: while one computes its softmax the other multiplies. A
-tile of keys is a run of pages, each one copy of [S, D]; where pages are larger, part of one.
+A mixer hands the tensor cores the logits of a tile and the values of the one before together, and
+takes the softmax as soon as the logits are there: while the values are added, and while the other
+mixer has the tensor cores. The two take turns. A block's last values go with the first logits of
+the next block, so that the tensor cores do not rest in between. A tile of keys is a run of pages,
+each one copy of [S, D]; where pages are larger, part of one.
 
-Shared memory per program: (2 * 64 + 2 * stages * tile) * D * 2 bytes; q and y share theirs.
+What the compiler must not disturb: registers that a wgmma in flight reads are written only after
+it (else it makes all of them wait), and a softmax stays before the wait that follows it.
+
+Shared memory per program: (6 * 64 + 2 * stages * tile) * D * 2 bytes.
 """
 
 # mypy: allow-untyped-calls
@@ -35,6 +42,9 @@ from octavo.pallas_kernels.attention.reference import KV
 ROWS = 64  # tokens of one mixer: the M of a wgmma
 MIXERS = 2
 BLOCK = MIXERS * ROWS
+EIGHT = 8  # columns of a wgmma's accumulator that a quad of threads holds together
+SLICE = 64  # columns of a swizzled tile: 128 bytes
+PROGRAMS = 132  # multiprocessors of an H100; each keeps one program from beginning to end
 
 
 def writes_through_references() -> bool:
@@ -67,13 +77,14 @@ def _transposed(ref):
 class _Static:
     """What the kernel's parts share and what is known when it is built."""
 
-    G: int
+    H: int
     K: int
     S: int
     D: int
     tile: int
     run: int  # tokens of a tile that one copy brings
     stages: int
+    programs: int
     window: int
     scale: float
     softcap: float
@@ -83,43 +94,83 @@ class _Static:
     def pieces(self) -> int:
         return self.tile // self.run
 
+    @property
+    def slices(self) -> int:
+        return self.D // SLICE
+
+
+class _Shared(NamedTuple):
+    """Shared memory and barriers of a program."""
+
+    q_views: Any  # [2, MIXERS, D / SLICE, ROWS, SLICE], for the mixers and for the copy engine
+    y_tiles: Any  # [MIXERS, ROWS, D]
+    k_tiles: Any  # [stages, tile, D]
+    v_tiles: Any
+    q_arrived: Any  # [2 * MIXERS]
+    k_arrived: Any  # [stages]
+    v_arrived: Any
+    q_freed: Any  # [2]
+    k_freed: Any
+    v_freed: Any
+    turn: Any  # [MIXERS] the mixer may multiply
+
 
 class _Walk(NamedTuple):
-    """One block: its tokens, and the keys it walks over."""
+    """One block and head: its tokens, and the keys it walks over, from the last tile to the first.
 
-    token: jax.Array  # the first, a multiple of 8
-    size: jax.Array  # tokens; 0 marks an unused entry
+    Padding walks over one tile, like any block, and its results are multiplied by zero.
+    """
+
+    token: jax.Array  # the first
+    size: jax.Array  # tokens
     position: jax.Array  # of the first token
-    lead: jax.Array  # tokens at the beginning that are not the chunk's
-    row: jax.Array  # of the table
-    end: jax.Array  # keys seen
+    slot: jax.Array  # -1 for padding
+    head: jax.Array  # of the queries
     first: jax.Array  # tile of keys
     last: jax.Array  # tile of keys, not seen any more
 
 
-def _walk(c: _Static, plan_ref, entry):
-    """Read the block's entry, and find the tiles of keys it sees."""
-    token, size, position, slot, lead = (plan_ref[entry, i] for i in range(5))
-    end = jnp.where(slot < 0, 0, position + size)
+def _turns(c: _Static, used_ref):
+    """How many blocks and heads this program works on."""
+    items = used_ref[0] * c.H
+    whole = lax.div(items, jnp.int32(c.programs))
+    return whole + (_item(c, whole) < items).astype(jnp.int32)
+
+
+def _item(c: _Static, turn):
+    """The block and head of this program's `turn`. Every other turn deals them out backwards."""
+    program = lax.axis_index("program")
+    program = jnp.where(turn & 1 == 1, c.programs - 1 - program, program)
+    return turn * c.programs + program
+
+
+def _load(c: _Static, plan_ref, turn, turns):
+    """What the plan says of a turn; after the last turn, of the last turn again."""
+    item = _item(c, jnp.minimum(turn, turns - 1))
+    entry = lax.div(item, jnp.int32(c.H))
+    return (*(plan_ref[entry, i] for i in range(4)), item - entry * c.H)
+
+
+def _walk(c: _Static, loaded):
+    """The block and head, and the tiles of keys they see."""
+    token, size, position, slot, head = loaded
     low = jnp.maximum(position + 1 - c.window, 0) if c.window else jnp.int32(0)
-    first, last = lax.div(low, jnp.int32(c.tile)), lax.div(end + (c.tile - 1), jnp.int32(c.tile))
-    first = jnp.minimum(first, last)
-    return _Walk(token, size, position, lead, jnp.maximum(slot, 0), end, first, last)
+    first = jnp.where(slot < 0, 0, lax.div(low, jnp.int32(c.tile)))
+    last = jnp.where(slot < 0, 1, lax.div(position + size + (c.tile - 1), jnp.int32(c.tile)))
+    return _Walk(token, size, position, slot, head, first, last)
 
 
-def _fetch(c: _Static, walk, head, table_ref, k_pages, v_pages, k_tiles, v_tiles, arrived, freed):
-    """The memory warpgroup: keep `stages` tiles on their way to the mixers."""
-    row, end, first, last = walk.row, walk.end, walk.first, walk.last
-    kv_head = lax.div(head, jnp.int32(c.G))
-    k_arrived, v_arrived = arrived
-    k_freed, v_freed = freed
+def _fetch(c: _Static, m: _Shared, walk, turn, done, count, q_ref, table_ref, k_pages, v_pages):
+    """The memory warpgroup's part of one block: keep tiles on their way to the mixers."""
+    kv_head, row = lax.div(walk.head, jnp.int32(c.H // c.K)), jnp.maximum(walk.slot, 0)
+    end = jnp.where(walk.slot < 0, 1, walk.position + walk.size)
 
-    def pages(i):
-        """Where the pages of tile i begin among the [P * K * S, D] rows; past the end, the last."""
+    def pages(tile):
+        """Where the tile's pages begin among the [P * K * S, D] rows; past the end, the last."""
         for piece in range(c.pieces):
-            at = jnp.minimum(i * c.tile + piece * c.run, end - 1)
+            at = jnp.minimum(tile * c.tile + piece * c.run, end - 1)
             page = table_ref[row, lax.shift_right_logical(at, jnp.int32(log2(c.S)))]
-            offset = (i * c.tile) & (c.S - 1) if c.S > c.tile else 0
+            offset = (tile * c.tile) & (c.S - 1) if c.S > c.tile else 0
             yield piece * c.run, (page * c.K + kv_head) * c.S + offset
 
     def copy(source, tiles, barriers, stage, places):
@@ -130,144 +181,249 @@ def _fetch(c: _Static, walk, head, table_ref, k_pages, v_pages, k_tiles, v_tiles
                 barriers.at[stage],
             )
 
-    @pl.loop(0, last - first)
-    def _(i):
-        stage = lax.rem(i, jnp.int32(c.stages))
-        places = list(pages(first + i))
+    def copy_queries():
+        half = turn & 1
+        plgpu.barrier_wait(m.q_freed.at[half])
+        for mixer in range(MIXERS):
+            for i in range(c.slices):
+                tokens = pl.ds(walk.token + mixer * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[tokens, walk.head, pl.ds(i * SLICE, SLICE)],
+                    m.q_views[1].at[half, mixer, i],
+                    m.q_arrived.at[half * MIXERS + mixer],
+                )
 
-        @pl.when(i >= c.stages)
-        def _():
-            plgpu.barrier_wait(k_freed.at[stage])
-
-        copy(k_pages, k_tiles, k_arrived, stage, places)
-
-        @pl.when(i >= c.stages)
-        def _():
-            plgpu.barrier_wait(v_freed.at[stage])
-
-        copy(v_pages, v_tiles, v_arrived, stage, places)
+    @pl.loop(0, count)
+    def _(n):
+        stage = lax.rem(done + n, jnp.int32(c.stages))
+        places = list(pages(walk.last - 1 - n))
+        plgpu.barrier_wait(m.k_freed.at[stage])
+        copy(k_pages, m.k_tiles, m.k_arrived, stage, places)
+        pl.when(n == 0)(copy_queries)
+        plgpu.barrier_wait(m.v_freed.at[stage])
+        copy(v_pages, m.v_tiles, m.v_arrived, stage, places)
 
 
-def _mix(c: _Static, walk, mine, q_tile, k_tiles, v_tiles, arrived, freed, turn):
-    """One mixer: the online softmax over all tiles. Returns its results, f32[ROWS, D]."""
-    size, position, first, last = walk.size, walk.position, walk.first, walk.last
-    at = position + mine * ROWS
-    k_arrived, v_arrived = arrived
-    k_freed, v_freed = freed
+def _softmax(c: _Static, x, ahead, top, total):
+    """Go on with an online softmax: logits f32[ROWS, tile], `ahead` as in _mask, maxima, sums.
 
-    def meet():
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
+    `ahead` None: every token sees the whole tile. Returns the weights, the new maxima and sums, and
+    what to shrink older results by. The sums are f32[ROWS, 8], one for every eighth column: they
+    are joined at the end.
+    """
+    unit = c.scale * LOG2E
+    if ahead is not None or c.softcap:
+        x, unit = cap(x * unit, c.softcap), 1.0
+    if ahead is not None:  # scaled before: NOTHING times a unit, fused, is not NOTHING minus itself
+        x = _mask(c, x, ahead)
+    peak = jnp.maximum(top, x.max(axis=1) * unit)
+    shrink = jnp.exp2(top - peak)
+    p = jnp.exp2(x * unit - lax.broadcast_in_dim(peak, x.shape, [0]))
+    total *= lax.broadcast_in_dim(shrink, total.shape, [0])
+    total += functools.reduce(lax.add, [p[:, i : i + EIGHT] for i in range(0, c.tile, EIGHT)])
+    return p, peak, total, shrink
 
-    def seen(tile):
-        shape, layout = (ROWS, c.tile), plgpu.Layout.WGMMA
-        t = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + at
-        j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout) + tile * c.tile
-        return (t >= j) & (j > t - c.window) if c.window else t >= j
 
-    def step(tile, carry, masked):
-        acc, top, total = carry
-        stage = lax.rem(tile - first, jnp.int32(c.stages))
-        plgpu.barrier_wait(k_arrived.at[stage])
+def _ahead(c: _Static, walk, mine, n):
+    """How far the mixer's first token lies ahead of the first key of the walk's tile n."""
+    return walk.position + mine * ROWS - (walk.last - 1 - n) * c.tile
 
-        def product(x_ref):
-            plgpu.wgmma(x_ref, q_tile, _transposed(k_tiles.at[stage]))
-            meet()  # the other mixer may multiply now
-            return x_ref[...]
 
-        x = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, c.tile), jnp.float32))
-        plgpu.barrier_arrive(k_freed.at[stage])
-        unit = c.scale * LOG2E
-        if masked or c.softcap:
-            x, unit = cap(x * unit, c.softcap), 1.0
-        if masked:  # scaled before: NOTHING times a unit, fused, would not be NOTHING minus itself
-            x = jnp.where(seen(tile), x, NOTHING)
-        peak = jnp.maximum(top, x.max(axis=1) * unit)
-        shrink = jnp.exp2(top - peak)
-        p = jnp.exp2(x * unit - lax.broadcast_in_dim(peak, x.shape, [0]))
-        acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
-        total = total * shrink + p.sum(axis=1)
-        p = p.astype(c.dtype)
-        acc, total, peak, p = lax.optimization_barrier((acc, total, peak, p))
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(v_arrived.at[stage])
-        plgpu.barrier_wait(turn)
+def _mask(c: _Static, x, ahead):
+    """Hide the keys that a token does not see: x f32[ROWS, tile].
 
-        def add(acc_ref):
-            plgpu.wgmma(acc_ref, p, v_tiles.at[stage])
+    By eight columns, those a thread holds two of: their ages differ by a constant.
+    """
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, EIGHT))
+    age = iota(0, layout=plgpu.Layout.WGMMA) - iota(1, layout=plgpu.Layout.WGMMA) + ahead
+    parts = []
+    for i in range(0, c.tile, EIGHT):
+        seen = (age >= i) & (age < i + c.window) if c.window else age >= i
+        parts.append(jnp.where(seen, x[:, i : i + EIGHT], NOTHING))
+    return lax.concatenate(parts, 1)
 
-        acc = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(acc))
-        plgpu.barrier_arrive(v_freed.at[stage])
-        return acc, peak, total
 
-    row = plgpu.Layout.WGMMA.reduce(1)
-    carry = (
-        plgpu.layout_cast(jnp.zeros((ROWS, c.D), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), row),
-        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
-    )
-    pl.when(mine == 1)(meet)  # mixer 1 runs half a step behind
-    whole = jnp.clip(lax.div(position + 1, jnp.int32(c.tile)), first, last)
-    masked, plain = functools.partial(step, masked=True), functools.partial(step, masked=False)
-    begin = first
+class _Softmax(NamedTuple):
+    """Of the tile whose values come next."""
+
+    p: jax.Array  # [ROWS, tile] weights, in the dtype of the cache
+    top: jax.Array  # f32[ROWS]
+    total: jax.Array  # f32[ROWS, 8]
+
+
+def _fresh(c: _Static):
+    """Maxima and sums of nothing."""
+    layout = plgpu.Layout.WGMMA
+    top = plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), layout.reduce(1))
+    return top, plgpu.layout_cast(jnp.zeros((ROWS, EIGHT), jnp.float32), layout)
+
+
+def _multiply_keys(c: _Static, m: _Shared, x_ref, half, mine, stage):
+    for i in range(c.slices):
+        keys = m.k_tiles.at[stage, :, pl.ds(i * SLICE, SLICE)]
+        plgpu.wgmma(x_ref, m.q_views[0].at[half, mine, i], _transposed(keys))
+
+
+def _begin(c: _Static, m: _Shared, mine, walk) -> _Softmax:
+    """The logits and softmax of the first block's first tile."""
+
+    def run(x_ref):
+        _multiply_keys(c, m, x_ref, 0, mine, 0)
+        plgpu.barrier_arrive(m.turn.at[1 - mine])
+        return x_ref[...]
+
+    plgpu.barrier_wait(m.q_arrived.at[mine])
+    plgpu.barrier_wait(m.k_arrived.at[0])
+    plgpu.barrier_wait(m.turn.at[mine])
+    x = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((ROWS, c.tile), jnp.float32))
+    plgpu.barrier_arrive(m.k_freed.at[0])
+    p, top, total, _ = _softmax(c, x, _ahead(c, walk, mine, 0), *_fresh(c))
+    plgpu.barrier_wait(m.v_arrived.at[0])
+    return _Softmax(p.astype(c.dtype), top, total)
+
+
+def _advance(c: _Static, m: _Shared, mine, acc, p, top, total, half, done, ahead):
+    """Add the values of tile `done` - 1, and meanwhile take the softmax of tile `done`.
+
+    Returns the accumulator, the softmax after `top` and `total`, and what to shrink by.
+    """
+    stage, before = (lax.rem(i, jnp.int32(c.stages)) for i in (done, done - 1))
+    plgpu.barrier_wait(m.k_arrived.at[stage])
+    plgpu.barrier_wait(m.turn.at[mine])
+
+    def run(x_ref):  # made first: its zeros must not come between the products
+        weights = plgpu.layout_cast(jnp.zeros(p.shape, jnp.float32), plgpu.Layout.WGMMA)
+        state = (plgpu.WGMMAAccumulatorRef.init(acc), weights, top, total, top)
+        return pl.run_state(functools.partial(both, x_ref))(state)
+
+    def both(x_ref, refs):
+        acc_ref, *after_refs = refs
+        _multiply_keys(c, m, x_ref, half, mine, stage)
+        plgpu.wgmma(acc_ref, p, m.v_tiles.at[before])
+        plgpu.barrier_arrive(m.turn.at[1 - mine])
+        x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
+        plgpu.barrier_arrive(m.k_freed.at[stage])
+        after = lax.optimization_barrier(_softmax(c, x, ahead, top, total))
+        plgpu.barrier_wait(m.v_arrived.at[stage])  # here it keeps the softmax before the next wait
+        for ref, value in zip(after_refs, after, strict=True):
+            ref[...] = value
+
+    accumulator = plgpu.WGMMAAccumulatorRef((ROWS, c.tile), jnp.float32)
+    after, weights, peak, sums, shrink = pl.run_scoped(run, accumulator)
+    # The products read p until here: only now may the next weights take its registers.
+    after, weights, shrink = lax.optimization_barrier((after, weights, shrink))
+    plgpu.barrier_arrive(m.v_freed.at[before])
+    return after, _Softmax(weights.astype(c.dtype), peak, sums), shrink
+
+
+def _mix(c: _Static, m: _Shared, mine, walk, following, turn, done, soft: _Softmax):
+    """One mixer, one block whose first tile has its softmax: all its values, f32[ROWS, D].
+
+    Goes on until the softmax of the following block's first tile, which it returns too.
+    """
+    at, count, half = walk.position + mine * ROWS, walk.last - walk.first, turn & 1
+
+    def step(n, carry, masked):
+        acc, soft = carry
+        ahead = _ahead(c, walk, mine, n) if masked else None
+        acc, soft, shrink = _advance(
+            c, m, mine, acc, soft.p, soft.top, soft.total, half, done + n, ahead
+        )
+        return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), soft
+
+    whole = lax.div(at + 1, jnp.int32(c.tile))  # tiles before it lie under the diagonal
+    plain = jnp.clip(walk.last - whole, 1, count)
+    edge = count
     if c.window:
-        edge = lax.div(jnp.maximum(position + size - c.window, 0) + c.tile - 1, jnp.int32(c.tile))
-        begin = jnp.clip(edge, first, last)
-        whole = jnp.maximum(whole, begin)
-        carry = lax.fori_loop(first, begin, masked, carry)
-    carry = lax.fori_loop(begin, whole, plain, carry)
-    acc, _, total = lax.fori_loop(whole, last, masked, carry)
-    pl.when(mine == 0)(meet)
-    return acc / lax.broadcast_in_dim(jnp.maximum(total, 1e-30), acc.shape, [0])
+        low = lax.div(jnp.maximum(at + ROWS - c.window, 0) + c.tile - 1, jnp.int32(c.tile))
+        edge = jnp.clip(walk.last - low, plain, count)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, c.D), jnp.float32), plgpu.Layout.WGMMA)
+    carry = lax.fori_loop(1, plain, functools.partial(step, masked=True), (acc, soft))
+    carry = lax.fori_loop(plain, edge, functools.partial(step, masked=False), carry)
+    if c.window:
+        carry = lax.fori_loop(edge, count, functools.partial(step, masked=True), carry)
+    acc, soft = carry
+    plgpu.barrier_arrive(m.q_freed.at[half])
+    plgpu.barrier_wait(m.q_arrived.at[(1 - half) * MIXERS + mine])
+    ahead, total = _ahead(c, following, mine, 0), soft.total
+    top, none = _fresh(c)
+    acc, soft, _ = _advance(c, m, mine, acc, soft.p, top, none, 1 - half, done + count, ahead)
+    part = jnp.where(walk.slot < 0, 0.0, 1 / jnp.maximum(total.sum(axis=1), 1e-30))
+    return acc * lax.broadcast_in_dim(part, acc.shape, [0]), soft
 
 
-def _store(c: _Static, y, walk, mine, head, y_tile, y_ref):
+def _store(c: _Static, y, walk, mine, y_tile, y_ref):
     """Write the rows that are tokens of this block: as few copies as their number has bits."""
+    plgpu.wait_smem_to_gmem(0)  # the block before has left y_tile
     y_tile[...] = y.astype(c.dtype)
     plgpu.commit_smem()
-    low = jnp.clip(walk.lead - mine * ROWS, 0, ROWS)
-    count = jnp.clip(walk.size - mine * ROWS, 0, ROWS) - low
+    count = jnp.clip(walk.size - mine * ROWS, 0, ROWS)
     for bit in range(log2(ROWS), -1, -1):
         length = 1 << bit
 
         @pl.when(count & length != 0)
         def _(length=length):
-            begin = low + (count & -2 * length)  # after what the larger copies took
+            begin = count & -2 * length  # after what the larger copies took
             where = walk.token + mine * ROWS + begin
             plgpu.copy_smem_to_gmem(
-                y_tile.at[pl.ds(begin, length)], y_ref.at[pl.ds(where, length), head]
+                y_tile.at[pl.ds(begin, length)], y_ref.at[pl.ds(where, length), walk.head]
             )
 
-    plgpu.wait_smem_to_gmem(0)
 
+def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, y_ref, *scratch):
+    m = _Shared(*scratch)
+    mine = lax.axis_index("warpgroup")
+    turns = _turns(c, used_ref)
+    load = functools.partial(_load, c, plan_ref, turns=turns)
 
-def _kernel(c: _Static, plan_ref, table_ref, q_ref, k_pages, v_pages, y_ref, *scratch):
-    (q_tiles, y_tiles), k_tiles, v_tiles, q_arrived, k_arrived, v_arrived, *rest = scratch
-    k_freed, v_freed, turn = rest
-    head, entry, mine = (lax.axis_index(name) for name in ("head", "entry", "warpgroup"))
-    walk = _walk(c, plan_ref, entry)
-    arrived, freed = (k_arrived, v_arrived), (k_freed, v_freed)
-
-    @pl.when(mine < MIXERS)
+    @pl.when((mine < MIXERS) & (turns > 0))
     def _():
         plgpu.set_max_registers(232, action="increase")
+        for barriers, n in ((m.q_freed, 2), (m.k_freed, c.stages), (m.v_freed, c.stages)):
+            for i in range(n):
+                plgpu.barrier_arrive(barriers.at[i])
+        pl.when(mine == 1)(lambda: plgpu.barrier_arrive(m.turn.at[0]))
 
-        @pl.when(walk.size > 0)
-        def _():
-            q_tile = q_tiles.at[mine]
-            source = q_ref.at[pl.ds(walk.token + mine * ROWS, ROWS), head]
-            plgpu.copy_gmem_to_smem(source, q_tile, q_arrived.at[mine])
-            plgpu.barrier_wait(q_arrived.at[mine])
-            y = _mix(c, walk, mine, q_tile, k_tiles, v_tiles, arrived, freed, turn)
-            _store(c, y, walk, mine, head, y_tiles.at[mine], y_ref)
+        def work(turn, carry):
+            done, loaded, next_loaded, soft = carry
+            walk, following = _walk(c, loaded), _walk(c, next_loaded)
+            y, soft = _mix(c, m, mine, walk, following, turn, done, soft)
+            ahead = load(turn + 2)  # arrives behind the store
+            _store(c, y, walk, mine, m.y_tiles.at[mine], y_ref)
+            return done + (walk.last - walk.first), next_loaded, ahead, soft
 
-    @pl.when(mine == MIXERS)
+        loaded, next_loaded = load(0), load(1)
+        soft = _begin(c, m, mine, _walk(c, loaded))
+        lax.fori_loop(0, turns, work, (jnp.int32(0), loaded, next_loaded, soft))
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when((mine == MIXERS) & (turns > 0))
     def _():
         plgpu.set_max_registers(40, action="decrease")
 
-        @pl.when(walk.size > 0)
-        def _():
-            _fetch(c, walk, head, table_ref, k_pages, v_pages, k_tiles, v_tiles, arrived, freed)
+        def work(turn, done):
+            walk = _walk(c, load(turn))
+            count = jnp.where(turn < turns, walk.last - walk.first, 1)
+            _fetch(c, m, walk, turn, done, count, q_ref, table_ref, k_pages, v_pages)
+            return done + count
+
+        lax.fori_loop(0, turns + 1, work, jnp.int32(0))
+
+
+def longest_first(plan: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
+    """The plan's entries by the keys they see, unused ones last; and how many are used, i32[1]."""
+    _, size, position, slot = plan.T
+    keys = jnp.where(slot < 0, 0, position + size)
+    if window:
+        keys = jnp.minimum(keys, window + size)
+    keys = jnp.where(size > 0, keys, -1)
+    entry = jnp.arange(keys.shape[0])
+    before = (keys[None, :] > keys[:, None]) | (
+        (keys[None, :] == keys[:, None]) & (entry[None, :] < entry[:, None])
+    )
+    rank = jnp.sum(before, axis=1)
+    order = jnp.sum(jnp.where(rank[None, :] == entry[:, None], entry[None, :], 0), axis=1)
+    return plan[order], jnp.sum(size > 0, dtype=jnp.int32)[None]
 
 
 def prefill_hopper(
@@ -290,39 +446,51 @@ def prefill_hopper(
     """
     (N, H, D), (P, K, S, _) = q.shape, cache.k.shape
     base = batch.table.shape[0] * batch.tokens_per_row
-    plan = plan_prefill(batch, N - base, BLOCK, base=base, align=8)
+    plan, used = longest_first(plan_prefill(batch, N - base, BLOCK, base=base), window)
     c = _Static(
-        G=H // K, K=K, S=S, D=D, tile=tile, run=min(S, tile), stages=stages, window=window,
-        scale=scale, softcap=softcap, dtype=q.dtype,
+        H=H, K=K, S=S, D=D, tile=tile, run=min(S, tile), stages=stages,
+        programs=min(PROGRAMS, plan.shape[0] * H), window=window, scale=scale, softcap=softcap,
+        dtype=q.dtype,
     )  # fmt: skip
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiled = (plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(128))
+    # One place in two forms: the copy engine counts the rows of a tiled form in tiles of 8.
+    q_views = [
+        plgpu.SMEM((2, MIXERS, c.slices, ROWS, SLICE), q.dtype, transforms=transforms)
+        for transforms in (tiled, tiled[1:])
+    ]
     pages = plgpu.SMEM((stages, tile, D), q.dtype, transforms=tiled)
     arrived = plgpu.Barrier(num_arrivals=c.pieces, num_barriers=stages)
     freed = plgpu.Barrier(num_arrivals=MIXERS, num_barriers=stages)
-    if N % 8:  # the copy engine counts rows in tiles of 8
-        q = jnp.pad(q, ((0, -N % 8), (0, 0), (0, 0)))
     y_ref = jax.new_ref(y)
     plgpu.kernel(
         functools.partial(_kernel, c),
         out_type=(),
-        scratch_types=(
-            plgpu.RefUnion(  # a mixer is done with its queries when it has its results
-                plgpu.SMEM((MIXERS, ROWS, D), q.dtype, transforms=tiled),
-                plgpu.SMEM((MIXERS, ROWS, D), q.dtype),
-            ),
-            pages, pages, plgpu.Barrier(num_barriers=MIXERS), arrived, arrived, freed, freed,
-            plgpu.Barrier(num_arrivals=MIXERS),
+        scratch_types=_Shared(
+            q_views=plgpu.RefUnion(*q_views),
+            y_tiles=plgpu.SMEM((MIXERS, ROWS, D), q.dtype),
+            k_tiles=pages,
+            v_tiles=pages,
+            q_arrived=plgpu.Barrier(num_arrivals=c.slices, num_barriers=2 * MIXERS),
+            k_arrived=arrived,
+            v_arrived=arrived,
+            q_freed=plgpu.Barrier(num_arrivals=MIXERS, num_barriers=2),
+            k_freed=freed,
+            v_freed=freed,
+            turn=plgpu.Barrier(num_barriers=MIXERS),
         ),
-        grid=(H, plan.shape[0]),
-        grid_names=("head", "entry"),
+        grid=(c.programs,),
+        grid_names=("program",),
         num_threads=MIXERS + 1,
         thread_name="warpgroup",
         kernel_name="paged_prefill_hopper",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # no thread reads shared memory, but for wgmma
         ),
         interpret=interpret,
     )(
-        plan, batch.table, q, cache.k.reshape(P * K * S, D), cache.v.reshape(P * K * S, D), y_ref
+        plan, used, batch.table, q, cache.k.reshape(P * K * S, D), cache.v.reshape(P * K * S, D),
+        y_ref,
     )  # fmt: skip
     return jax.freeze(y_ref)

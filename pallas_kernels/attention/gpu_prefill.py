@@ -30,33 +30,27 @@ from octavo.pallas_kernels.attention.gpu_decode import LOG2E, NOTHING, cap, dot,
 from octavo.pallas_kernels.attention.reference import KV
 
 
-def plan_prefill(
-    batch: RaggedBatch, T: int, block: int, *, base: int = 0, align: int = 1
-) -> jax.Array:
-    """The blocks of a step, i32[W, 5]: first token, tokens, position, slot (-1: padding), lead.
+def plan_prefill(batch: RaggedBatch, T: int, block: int, *, base: int = 0) -> jax.Array:
+    """The blocks of a step, i32[W, 4]: first token, tokens, position, slot (-1: padding).
 
-    Tokens count from `base`, where the chunks begin. Each block's first is a multiple of `align`:
-    a chunk's first block takes up to align - 1 tokens, its lead, that are not its own. Later blocks
-    of a chunk, which see more keys, come first. An unused entry has no tokens.
+    Tokens count from `base`, where the chunks begin. Later blocks of a chunk, which see more keys,
+    come first. An unused entry has no tokens.
     """
     used = jnp.sum(batch.chunk_count)
     count = jnp.append(batch.chunk_count, T - used)
     offset = jnp.append(batch.chunk_offset, used) + base
     slot = jnp.append(batch.chunk_slot, -1)
-    lead = jnp.where(count > 0, offset & (align - 1), 0)
-    count, offset = count + lead, offset - lead
-    start = jnp.append(batch.chunk_start, 0) - lead
+    start = jnp.append(batch.chunk_start, 0)
     blocks = pl.cdiv(count, block)
     ends = jnp.cumsum(blocks)
 
-    most = pl.cdiv(T + (align - 1) * count.shape[0], block) + count.shape[0]
+    most = pl.cdiv(T, block) + count.shape[0]
     entry = jnp.arange(most, dtype=jnp.int32)
     chunk = jnp.sum(ends[None, :] <= entry[:, None], axis=1, dtype=jnp.int32)
     safe = jnp.minimum(chunk, count.shape[0] - 1)
     skip = (ends[safe] - 1 - entry) * block
     size = jnp.where(chunk < count.shape[0], jnp.minimum(count[safe] - skip, block), 0)
-    lead = jnp.where(skip == 0, lead[safe], 0)
-    plan = [offset[safe] + skip, size, start[safe] + skip, slot[safe], lead]
+    plan = [offset[safe] + skip, size, start[safe] + skip, slot[safe]]
     return jnp.stack(plan, axis=1).astype(jnp.int32)
 
 

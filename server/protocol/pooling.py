@@ -17,6 +17,7 @@ class ReadingRequest(msgspec.Struct, kw_only=True):
     user: str | None = None
     request_id: str | None = None
     truncate_prompt_tokens: int | None = None
+    timeout: float | None = None
 
 
 class EmbeddingRequest(ReadingRequest, kw_only=True):

@@ -5,6 +5,13 @@ from typing import Any
 from octavo.server.endpoint import Endpoint, post
 from octavo.server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse
 from octavo.server.protocol.completions import CompletionRequest, CompletionResponse
+from octavo.server.protocol.messages import (
+    CountTokensRequest,
+    Message,
+    MessagesErrorResponse,
+    MessagesRequest,
+    TokensCount,
+)
 from octavo.server.protocol.models import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -24,7 +31,23 @@ from octavo.server.protocol.pooling import (
     ScoreRequest,
     ScoreResponse,
 )
-from octavo.server.routes import chat, completions, docs, health, models, pooling, tokenize
+from octavo.server.protocol.responses import (
+    Deleted,
+    ItemList,
+    ResponseObject,
+    ResponsesRequest,
+)
+from octavo.server.routes import (
+    chat,
+    completions,
+    docs,
+    health,
+    messages,
+    models,
+    pooling,
+    responses,
+    tokenize,
+)
 
 ENDPOINTS = [
     post(
@@ -42,6 +65,58 @@ ENDPOINTS = [
         CompletionRequest,
         CompletionResponse,
         streams=True,
+    ),
+    post(
+        "/v1/responses",
+        responses.create,
+        "Answer a conversation in items",
+        ResponsesRequest,
+        ResponseObject,
+        streams=True,
+    ),
+    Endpoint(
+        "/v1/responses/{response_id}",
+        responses.retrieve,
+        "A response that was kept; `?stream=true&starting_after=N` is its events",
+        answer=ResponseObject,
+        streams=True,
+    ),
+    Endpoint(
+        "/v1/responses/{response_id}",
+        responses.delete,
+        "Forget a response",
+        answer=Deleted,
+        method="DELETE",
+    ),
+    Endpoint(
+        "/v1/responses/{response_id}/cancel",
+        responses.cancel,
+        "End the work on a response in the background",
+        answer=ResponseObject,
+        method="POST",
+    ),
+    Endpoint(
+        "/v1/responses/{response_id}/input_items",
+        responses.input_items,
+        "The items that a response answers",
+        answer=ItemList,
+    ),
+    post(
+        "/v1/messages",
+        messages.create,
+        "Answer a conversation, as Anthropic has it",
+        MessagesRequest,
+        Message,
+        streams=True,
+        error=MessagesErrorResponse,
+    ),
+    post(
+        "/v1/messages/count_tokens",
+        messages.count_tokens,
+        "The length of a conversation's prompt, as Anthropic has it",
+        CountTokensRequest,
+        TokensCount,
+        error=MessagesErrorResponse,
     ),
     post(
         "/v1/embeddings",

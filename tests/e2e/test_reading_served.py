@@ -117,6 +117,14 @@ async def test_who_leaves_takes_the_work_along(shared: Server) -> None:
     assert shared.post("/v1/embeddings", {"input": "a"}).status_code == 200
 
 
+def test_a_request_may_limit_its_own_time(shared: Server) -> None:
+    late = shared.post("/v1/embeddings", {"input": ["river " * 250] * 90, "timeout": 0.05})
+    assert late.status_code == 408
+    assert "its own time limit of 0.05 s" in late.json()["error"]["message"]
+    wrong = shared.post("/v1/embeddings", {"input": "a", "timeout": -1})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "timeout")
+
+
 def test_more_texts_than_may_wait_are_refused_at_once(shared: Server) -> None:
     answer = shared.post("/v1/embeddings", {"input": ["a"] * 101})
     assert answer.status_code == 400

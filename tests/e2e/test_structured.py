@@ -25,7 +25,7 @@ PERSON = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
-FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,12 @@ def test_what_ends_by_itself_validates(served: Server) -> None:
             n=3,
             seed=seed,
             max_tokens=300,
-            response_format=FORMAT,  # type: ignore[arg-type]
+            response_format=FORMAT,
         )
         for choice in answer.choices:
             if choice.finish_reason == "stop":
                 ended += 1
-                jsonschema.validate(json.loads(choice.message.content), PERSON)
+                jsonschema.validate(json.loads(choice.message.content or ""), PERSON)
     assert ended >= 6
 
 
@@ -104,6 +104,7 @@ def test_the_command_line_takes_a_schema(
     file = tmp_path / "schema.json"
     file.write_text(json.dumps({"enum": ["one", "two"]}))
     words = ["generate", str(tiny), "--load-format", "dummy", "--prompt", "x", "--device", "cpu"]
+    words += ["--max-num-seqs", "4", "--max-model-len", "128"]
     assert cli.main([*words, "--json-schema", str(file), "--max-tokens", "9"]) == 0
     assert json.loads(capsys.readouterr().out) in ("one", "two")
     assert cli.main([*words, "--regex", "a", "--choice", "b"]) == 2

@@ -1,6 +1,7 @@
 """Programs kept on disk: found without tracing, told apart by all that decides them."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,24 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from octavo.engine import step
 from octavo.engine.assemble import Parts, cache_maker, limits_of
 from octavo.engine.programs import Programs
 from octavo.engine.step import Machine
-from octavo.engine.store import Store
+from octavo.engine.store import _HITS, HIT, Store
 from tests.engine.tiny import LLAMA, make_parts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_the_cache_of_jax() -> Iterator[None]:
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it asks the setting once
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +79,16 @@ def test_a_file_that_cannot_be_read_is_compiled_again(parts: Parts, tmp_path: Pa
 def test_nothing_is_kept_without_a_folder(parts: Parts, tmp_path: Path) -> None:
     assert build(parts, None).found == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_what_came_out_of_the_cache_of_jax_is_not_kept_again(tmp_path: Path) -> None:
+    program = jax.jit(lambda x: x + 1).lower(1.0).compile()
+    _HITS.take()
+    _HITS.on_event(HIT)
+    Store(tmp_path).save("one", (), program)
+    assert not Store(tmp_path).has("one", ())
+    Store(tmp_path).save("one", (), program)
+    assert Store(tmp_path).has("one", ())
 
 
 def test_a_name_tells_apart_what_programs_are_made_from(

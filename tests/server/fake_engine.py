@@ -11,7 +11,18 @@ import time
 import numpy as np
 
 from octavo.engine.config import ConfigError, EngineConfig
-from octavo.engine.messages import AddRequest, Finish, Logprobs, Output, Ready, Start, Stats
+from octavo.engine.messages import (
+    FIRST_SLOT,
+    AddRequest,
+    Finish,
+    Logprobs,
+    Output,
+    PageMap,
+    Ready,
+    Start,
+    Stats,
+    View,
+)
 
 MAX_MODEL_LEN = 512
 SLOTS = 4096
@@ -114,6 +125,23 @@ class FakeCore:
     def stats(self) -> Stats:
         self.counts.running = len(self.alive)
         return self.counts
+
+    def view(self) -> View:
+        """Every sequence has one page, and the page of its own number was just hit."""
+        cells = np.zeros(101, "<u4")
+        count = min(len(self.alive), 100)
+        cells[1 : 1 + count] = FIRST_SLOT + np.arange(count)
+        hits = np.arange(1, 1 + count, dtype="<u4").tobytes()
+        rows = [
+            (slot, handle, 1, len(self.alive[handle][1]), self.done[handle], MAX_MODEL_LEN, 1)
+            for slot, handle in enumerate(list(self.alive)[:count])
+        ]
+        slots = np.array(rows, "<u4").tobytes()
+        page_map = PageMap(101, 0, 1, cells.tobytes(), hits)
+        return View(time.monotonic(), self.stats(), 16, [page_map], slots)
+
+    def unwatch(self) -> None:
+        self.unwatched = True
 
     def close(self) -> None:
         self.alive.clear()

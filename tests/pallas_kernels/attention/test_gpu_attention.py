@@ -11,7 +11,7 @@ import pytest
 from octavo.pallas_kernels.attention import cases, gpu, reference
 from octavo.pallas_kernels.attention.cases import Case
 from octavo.pallas_kernels.attention.gpu_decode import decode, plan_decode
-from octavo.pallas_kernels.attention.gpu_hopper import writes_through_references
+from octavo.pallas_kernels.attention.gpu_hopper import longest_first, writes_through_references
 from octavo.pallas_kernels.attention.gpu_prefill import plan_prefill, prefill
 
 # float32: sums of up to 128 terms in another order. bfloat16: probabilities are rounded to 8 bits
@@ -96,18 +96,33 @@ def test_parts_cover_each_cached_token_once() -> None:
 
 def test_blocks_cover_each_chunk_token_once() -> None:
     *_, batch = cases.inputs(CASES["chunks"])
-    for align in (1, 8):
-        plan = plan_prefill(batch, 80, block=16, base=5, align=align).tolist()
-        tokens = [token + i for token, size, *_, lead in plan for i in range(lead, size)]
-        assert sorted(tokens) == list(range(5, 85))
-        assert all(token % align == 0 for token, *_ in plan)
+    plan = plan_prefill(batch, 80, block=16, base=5).tolist()
+    tokens = [token + i for token, size, *_ in plan for i in range(size)]
+    assert sorted(tokens) == list(range(5, 85))
+
+
+@pytest.mark.parametrize("window", [0, 32])
+def test_the_blocks_that_see_most_keys_come_first_and_unused_ones_last(window: int) -> None:
+    *_, batch = cases.inputs(CASES["chunks"])
+    plan = plan_prefill(batch, 80, block=16)
+    ordered, used = longest_first(plan, window)
+    assert sorted(ordered.tolist()) == sorted(plan.tolist())
+    assert int(used[0]) == sum(size > 0 for _, size, *_ in plan.tolist())
+    seen = [
+        min(position + size, (window or 10**6) + size) if slot >= 0 else 0
+        for _, size, position, slot in ordered[: int(used[0])].tolist()
+    ]
+    assert seen == sorted(seen, reverse=True) and seen[0] > seen[-1]
+    assert not any(size for _, size, *_ in ordered[int(used[0]) :].tolist())
 
 
 def lowered(case: Case, **static: Any) -> str:
     """The step's program for an H100, which need not be there."""
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        step = functools.partial(gpu.attend, window=0, scale=0.1, softcap=0.0, **static)
+        step = functools.partial(
+            gpu.attend, window=case.window, scale=0.1, softcap=case.softcap, **static
+        )
         traced = jax.jit(step).trace(*cases.inputs(case, dtype="bfloat16"))
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -120,9 +135,11 @@ def test_lowers_for_cuda(heads: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.skipif(not writes_through_references(), reason="needs jax 0.11")
-@pytest.mark.parametrize("page_size", [16, 64])
-def test_lowers_for_hopper(page_size: int) -> None:
-    case = Case(rows=MIXED, chunks=CHUNKS, heads=(32, 8, 128), page_size=page_size)
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (14, 2, 64)])
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_lowers_for_hopper(page_size: int, heads: tuple[int, int, int], window: int) -> None:
+    case = Case(rows=MIXED, chunks=CHUNKS, heads=heads, page_size=page_size, window=window)
     assert "paged_prefill_hopper" in lowered(case, hopper=True)
 
 
