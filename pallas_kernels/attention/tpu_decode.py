@@ -83,7 +83,7 @@ def _kernel(
     softcap: float,
 ) -> None:
     buffers, rest = scratch[:SLOTS], scratch[SLOTS:]
-    ids, ring, q, unit, new, out, m, l, acc, sems = rest
+    ids, ring, q, unit, new, out, m, norm, acc, sems = rest
     page_sem, id_sem, out_sem, write_sem = (sems.at[kind, 0] for kind in (0, 1, 3, 4))
     row_sem = sems.at[2]
     del pages_in
@@ -92,10 +92,6 @@ def _kernel(
     dtype = buffers[0].dtype
     small = jnp.dtype(dtype).itemsize == 1
     R = layout.rows
-
-    for buffer in buffers:  # a masked probability is 0, and 0 times what was never written is not
-        for tile in dict.fromkeys(t for u in range(layout.units) for t in layout.value_tiles(u)):
-            buffer[tile] = jnp.zeros_like(buffer[tile])
 
     def row_of(i: Any) -> Any:
         return order[jnp.minimum(ring[0, i % RING], order.shape[0] - 1)]
@@ -216,7 +212,7 @@ def _kernel(
             peak = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
             p = jnp.exp2(s - peak[:, :1])
             decay = jnp.exp2(before - peak)
-            l[u] = l[u] * decay + jnp.sum(p, axis=-1, keepdims=True)
+            norm[u] = norm[u] * decay + jnp.sum(p, axis=-1, keepdims=True)
             m[u] = peak
             v = jnp.concatenate([buffers[slot][t] for t in layout.value_tiles(u)], axis=-1)
             if small:
@@ -243,7 +239,7 @@ def _kernel(
                 copy.wait()
             start_row(n + 1)
             m[...] = jnp.full_like(m, MASKED)
-            l[...] = jnp.zeros_like(l)
+            norm[...] = jnp.zeros_like(norm)
             acc[...] = jnp.zeros_like(acc)
 
         wait_pages(i, slot)
@@ -262,7 +258,7 @@ def _kernel(
                 out_copy(n - 2).wait()
 
             scale = 1 / most(dtype) if small else 1.0
-            y = acc[...] * (scale / l[...][..., :1])
+            y = acc[...] * (scale / norm[...][..., :1])
             out[n % 2] = y.astype(out.dtype)
             out_copy(n).start()
 
@@ -274,6 +270,13 @@ def _kernel(
     start_row(jnp.int32(0))
     for i in range(SLOTS):
         start_ids(jnp.int32(i), i)
+
+        @pl.when((i < total) & (count(jnp.int32(i)) < per))
+        def _(i: int = i) -> None:  # what was never written may be no number, and 0 times that too
+            values = [tile for u in range(layout.units) for tile in layout.value_tiles(u)]
+            for tile in dict.fromkeys(values):
+                buffers[i][tile] = jnp.zeros_like(buffers[i][tile])
+
     for i in range(SLOTS - 1):
         start_pages(jnp.int32(i), i)
 
@@ -358,7 +361,7 @@ def decode(
     else:
         rows = rows.astype(dtype)
     new = layout.new_rows(k, v).astype(dtype)
-    padding = -table.shape[1] % IDS
+    ids = jnp.pad(table, [(0, 0), (0, -table.shape[1] % IDS)])
     hbm, smem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.SMEM)
     shape = (layout.units, layout.rows)
     out, pages = pl.pallas_call(
@@ -392,7 +395,7 @@ def decode(
         first,
         length,
         dest,
-        jnp.pad(table, [(0, 0), (0, padding)]),
+        ids,
         rows,
         unit,
         new,

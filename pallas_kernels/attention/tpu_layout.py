@@ -13,8 +13,8 @@ operand, a unit; the queries of its heads lie on the diagonal, zeros elsewhere:
     rows 0..G-1    q            0              logits of head 0
     rows G..2G-1   0            q              logits of head 1
 
-so that G rows of each head fill the 8 sublanes of a register. The product with the values gives each
-row both heads' sums; the other head's are dropped at the end.
+so that G rows of each head fill the 8 sublanes of a register. The product with the values gives
+each row both heads' sums; the other head's are dropped at the end.
 """
 
 from dataclasses import dataclass
