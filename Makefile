@@ -54,9 +54,9 @@ $(VENV)/.demo: scripts/install_models.py models/sources/builtin.py | $(VENV)/.in
 	$(BIN)/python scripts/install_models.py smollm2-135m
 	touch $@
 
-# Tests run Gemma 3 too, for its windows and its tokenizer.
+# Tests run Gemma 3 too, for its windows and its tokenizer, and MiniLM, for its embeddings.
 $(VENV)/.models: $(VENV)/.demo
-	$(BIN)/python scripts/install_models.py gemma3-270m
+	$(BIN)/python scripts/install_models.py gemma3-270m all-minilm-l6-v2
 	touch $@
 
 # The marked subset on the oldest and the newest jax, each in its own environment.

@@ -4,7 +4,7 @@ Nothing outside this folder asks which hardware it runs on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
@@ -66,7 +66,15 @@ class Backend:
     page_size: int
     dtype: str
     cache_bytes: int = 0  # the most the cache takes unless asked for more; 0 is all that fits
-    compiler_options: Mapping[str, bool | int | str] = field(default_factory=dict)
+    # compiler_options(tokens): XLA's, for a program that runs this many tokens
+    compiler_options: Callable[[int], Mapping[str, bool | int | str]] = lambda tokens: {}
+    # A model of fewer bytes than `small_model` decodes faster than the host can dispatch: it has no
+    # row bucket below `small_rows`, and runs `small_steps` decode steps in one program where no
+    # more than `small_steps_rows` rows are busy.
+    small_model: int = 0
+    small_rows: int = 1
+    small_steps: int = 1
+    small_steps_rows: int = 0
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device
     # why_not(config): why an EngineConfig-like object cannot be served here, and what to change

@@ -1,7 +1,9 @@
 """The engine on one accelerator: random weights of a real model's shape, four workloads.
 
-example:
+examples:
   octavo bench gpu --model shapes/llama31_8b single_stream decode_heavy
+  octavo bench gpu --model shapes/llama31_8b --steps --kernels
+  octavo bench gpu --model shapes/llama31_8b --peer /opt/vllm
 """
 
 import argparse
@@ -9,39 +11,53 @@ import time
 from importlib import import_module
 from typing import Any
 
+from octavo.bench import gpu_peer
 from octavo.bench.common import Row, Spread, report
+from octavo.bench.gpu_steps import Steps, print_builds, time_programs
 from octavo.bench.workloads import NAMES, Workload, make
 from octavo.cli.options import add_config_flags, config_from_args
+from octavo.engine.config import ConfigError
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The shape, and which workloads."""
     parser.add_argument("workloads", nargs="*", help=f"any of {', '.join(NAMES)}; all by default")
     parser.add_argument("--rounds", type=int, default=1, help="times each workload is run")
-    add_config_flags(parser)
+    parser.add_argument("--steps", action="store_true", help="tell where the time of a step goes")
+    parser.add_argument("--kernels", action="store_true", help="and which kernels take it")
+    parser.add_argument(
+        "--peer", default="", metavar="FOLDER", help="also run the vLLM that lies unpacked there"
+    )
+    parser.usage = "%(prog)s [WORKLOAD ...] --model SHAPE [flags]"
+    add_config_flags(parser, positional_model=False)
     parser.set_defaults(load_format="dummy", max_model_len=4096, enable_prefix_caching=False)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
-    for name in args.workloads:
+    names = args.workloads or list(NAMES)
+    for name in names:
         if name not in NAMES:
-            raise ValueError(f"there is no workload `{name}`; there are {', '.join(NAMES)}")
-    core = import_module("octavo.engine.core").EngineCore(config_from_args(args))
+            raise ConfigError(f"there is no workload `{name}`", f"there are {', '.join(NAMES)}")
+    config, peer = config_from_args(args), None
+    if args.peer:  # first, because ours keeps the device's memory until its process ends
+        peer = gpu_peer.measure(args.peer, config.model, names, args.rounds)
+        print(f"{gpu_peer.NAME} {peer.version} was ready in {peer.startup:.1f} s", flush=True)
+    began = time.perf_counter()
+    core = import_module("octavo.engine.core").EngineCore(config)
+    startup = time.perf_counter() - began
     print(*core.summary(), sep="\n", flush=True)
-    rows = []
+    if args.steps:
+        print_builds(core)
+        time_programs(core)
+    rows = compare("start", "s", 1, [startup], [peer.startup] if peer else [])
     vocab = core.resolved.dims.vocab
     drive(core, make("decode_heavy", vocab), shorten=16)  # warm
-    for name in args.workloads or NAMES:
+    for name in names:
         load = make(name, vocab)
-        seconds = [drive(core, load) for _ in range(args.rounds)]
         if name == "single_stream":
-            each = [1e3 * s / load.tokens_out for s in seconds]
-            rows.append(Row(name, "ms a token", Spread.of(each), digits=2))
-        else:
-            rows.append(Row(name, "out tok/s", Spread.of([load.tokens_out / s for s in seconds])))
-            total = load.tokens_in + load.tokens_out
-            rows.append(Row(name, "in+out tok/s", Spread.of([total / s for s in seconds])))
+            drive(core, load)  # warm
+        rows += results(load, timed(core, load, args), peer.seconds[name] if peer else [])
     stats = core.stats()
     facts = {"stalls": stats.stalls, "compiles": stats.compiles_after_ready, "steps": stats.steps}
     facts["host us/step"] = round(1e6 * stats.host_seconds / max(1, stats.steps))
@@ -49,22 +65,86 @@ def run(args: argparse.Namespace) -> int:
     return report("gpu", facts, rows, args)
 
 
+def timed(core: Any, load: Workload, args: argparse.Namespace) -> list[float]:
+    """The seconds of each round, with what else was asked for printed."""
+    steps = Steps()
+    with steps.watch(core):
+        seconds = [drive(core, load) for _ in range(args.rounds)]
+    if args.steps:
+        print(f"\n{load.name}: {', '.join(f'{s:.2f}' for s in seconds)} s")
+        steps.print()
+    if args.kernels:
+        examine(core, load)
+    return seconds
+
+
+def results(load: Workload, ours: list[float], theirs: list[float]) -> list[Row]:
+    """The lines of one workload, from the seconds of its rounds."""
+    out, both = load.tokens_out, load.tokens_in + load.tokens_out
+
+    def rate(tokens: int, seconds: list[float]) -> list[float]:
+        return [tokens / s for s in seconds]
+
+    if load.name == "single_stream":
+        each = [[1e3 * s / out for s in seconds] for seconds in (ours, theirs)]
+        return compare(load.name, "ms a token", 2, *each)
+    rows = compare(load.name, "out tok/s", 0, rate(out, ours), rate(out, theirs))
+    return rows + compare(load.name, "in+out tok/s", 0, rate(both, ours), rate(both, theirs))
+
+
+def compare(
+    case: str, quantity: str, digits: int, ours: list[float], theirs: list[float]
+) -> list[Row]:
+    """Our samples; where there is another engine, its own and how many times faster ours is."""
+    rows = [Row(case, quantity, Spread.of(ours), digits)]
+    if theirs:
+        rows.append(Row(case, f"{gpu_peer.NAME}: {quantity}", Spread.of(theirs), digits))
+        ratio = Spread.of(ours).median / Spread.of(theirs).median
+        faster = ratio if quantity.endswith("/s") else 1 / ratio
+        rows.append(Row(case, f"times {gpu_peer.NAME}", Spread.of([faster]), 2))
+    return rows
+
+
+def examine(core: Any, load: Workload) -> None:
+    """Profile a stretch from the beginning of a workload and one from its middle."""
+    from octavo.bench.gpu_kernels import profile
+
+    submit(core, load)
+
+    def turns(count: int) -> None:
+        for _ in range(count):
+            if core.has_work():
+                core.turn()
+
+    turns(3)
+    profile(lambda: turns(4))
+    turns(min(load.outputs) // 2)
+    profile(lambda: turns(8))
+    core.abort([i + 1 for i in range(len(load.prompts))])
+    core.drain()
+
+
 def drive(core: Any, load: Workload, shorten: int = 0) -> float:
     """Seconds from the first request to the last token."""
+    began = time.perf_counter()
+    submit(core, load, shorten)
+    got = 0
+    while core.has_work():
+        got += sum(len(output.tokens) // 4 for output in core.turn())
+    assert got == (shorten * len(load.prompts) or load.tokens_out), f"{got=}"
+    return time.perf_counter() - began
+
+
+def submit(core: Any, load: Workload, shorten: int = 0) -> None:
+    """Add all requests."""
     import numpy as np
 
     from octavo.engine.messages import AddRequest
     from octavo.engine.sampling_params import SamplingParams
 
-    began = time.perf_counter()
     for i, (prompt, count) in enumerate(zip(load.prompts, load.outputs, strict=True)):
         params = SamplingParams(
             temperature=0.0, max_tokens=shorten or count, ignore_eos=True, detokenize=False
         )
         ids = np.asarray(prompt, np.int32).tobytes()
         core.add(AddRequest(i + 1, str(i), ids, params, arrival=time.monotonic()))
-    got = 0
-    while core.has_work():
-        got += sum(len(output.tokens) // 4 for output in core.turn())
-    assert got == (shorten * len(load.prompts) or load.tokens_out), f"{got=}"
-    return time.perf_counter() - began

@@ -108,7 +108,7 @@ def empty_parts(config: EngineConfig) -> Parts:
         layer_specs=(LayerSpec(),),
         attention=(NOTHING.H, NOTHING.K, NOTHING.D),
         period=1,
-        tensors=(),  # type: ignore[arg-type]  # a tree without leaves: no weights
+        tensors=(),  # a tree without leaves: no weights
     )
     resolved = resolve(config, backend, NOTHING, model)
     return Parts(backend, resolved, (), [], 0.0)

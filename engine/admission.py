@@ -169,7 +169,7 @@ def _take(
             length=hit,
             prompt_len=sequence.prompt_len,
             limit=sequence.limit,
-            min_tokens=sampling.min_tokens,
+            min_tokens=sequence.min_tokens,
             seed=sequence.seed,
             stop_ids=sequence.stop_ids[:STOP_IDS],
             sampling=sequence.controls,

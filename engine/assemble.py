@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,10 +14,14 @@ import numpy as np
 from octavo.backends.record import Backend
 from octavo.backends.select import select
 from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.grammar.vocabulary import Vocabulary
+from octavo.engine.host import Limits
 from octavo.engine.memory import Resolved, resolve
+from octavo.engine.text.opened import open_text
 from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from octavo.models.config import ModelConfig, ModelConfigError
 from octavo.models.load import LoadError, load_params, random_params
+from octavo.models.registry import Model
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -30,6 +35,7 @@ class Parts:
     params: Any
     eos_token_ids: list[int]
     load_seconds: float
+    vocabulary: Callable[[], Vocabulary] | None = None  # None: no request may ask for a form
 
 
 @contextmanager
@@ -57,20 +63,31 @@ def assemble(config: EngineConfig, progress: Progress | None = None) -> Parts:
     with refusals(), closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
         began = time.perf_counter()
-        params = _weights(config, checkpoint, resolved, progress)
+        params = load_weights(config, checkpoint, resolved.model, resolved.dtype, progress)
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
-    return Parts(backend, resolved, params, eos, time.perf_counter() - began)
+    vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
+    return Parts(backend, resolved, params, eos, time.perf_counter() - began, vocabulary)
 
 
-def _weights(
-    config: EngineConfig, checkpoint: Checkpoint, resolved: Resolved, progress: Progress | None
+def read_vocabulary(config: EngineConfig, size: int, ends: list[int]) -> Vocabulary:
+    """The tokens of the config's model, for grammars. Raises ParameterError."""
+    return Vocabulary.of(open_text(config).tokenizer, size, ends)
+
+
+def load_weights(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    model: Model,
+    dtype: Any,
+    progress: Progress | None = None,
 ) -> Any:
+    """Every parameter of `model`, in its place."""
     if config.load_format == "dummy":
-        return random_params(resolved.model, config.seed, resolved.dtype)
+        return random_params(model, config.seed, dtype)
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
-        return load(checkpoint.path, resolved.model.abstract_params(resolved.dtype))
+        return load(checkpoint.path, model.abstract_params(dtype))
     report = None
     if progress is not None:
 
@@ -78,10 +95,10 @@ def _weights(
             progress("weights", done, total)
 
     return load_params(
-        resolved.model,
+        model,
         checkpoint.get,
         checkpoint.names(),
-        resolved.dtype,
+        dtype,
         put=put,
         progress=report,
     )
@@ -90,6 +107,20 @@ def _weights(
 def put(array: np.ndarray) -> jax.Array:
     """One parameter to its place."""
     return jax.device_put(array)
+
+
+def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:
+    """What the engine's schedules must respect."""
+    return Limits(
+        dims=resolved.dims,
+        row_buckets=resolved.row_buckets,
+        token_buckets=resolved.token_buckets,
+        depth=config.steps_in_flight,
+        prefix_caching=config.enable_prefix_caching,
+        by_priority=config.scheduling_policy == "priority",
+        steps=resolved.steps,
+        several_rows=resolved.several_rows,
+    )
 
 
 def end_tokens(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:

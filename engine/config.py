@@ -37,7 +37,13 @@ class EngineConfig:
     model: str = option(
         "smollm2-135m",
         "folder, .gguf file or Hugging Face repository of the checkpoint, or a built-in name "
-        "(smollm2-135m, gemma3-270m)",
+        "(smollm2-135m, gemma3-270m, all-minilm-l6-v2)",
+    )
+    runner: str = option(
+        "auto",
+        "what the engine does: generate, or read texts into embeddings and scores (pooling); "
+        "auto is what the model was made for",
+        ("auto", "generate", "pooling"),
     )
     tokenizer: str = option("", "folder or repository of the tokenizer, where the model has none")
     revision: str = option("", "branch, tag or commit of a Hugging Face repository")
@@ -88,6 +94,9 @@ class EngineConfig:
         20, "most log probabilities a request may ask for per token; -1 is the whole vocabulary"
     )
     max_num_queued_reqs: int = option(16384, "requests that may wait; more are refused")
+    grammar_time_limit: float = option(
+        5.0, "seconds that a request's schema or grammar may take to compile; more is refused"
+    )
     compilation_cache: str = option(
         "auto", "folder that keeps compiled programs; auto is the user's cache folder, none is off"
     )
@@ -130,6 +139,12 @@ class EngineConfig:
             raise ConfigError(
                 f"`memory_utilization` must be above 0, at most 1, got {self.memory_utilization}",
                 "0.9 leaves a tenth of the device memory to others",
+            )
+        if not 0.0 < self.grammar_time_limit <= 600.0:
+            raise ConfigError(
+                "`grammar_time_limit` must be above 0 and at most 600 seconds, "
+                f"got {self.grammar_time_limit}",
+                "the default is 5",
             )
         if self.num_pages == 1:
             raise ConfigError(

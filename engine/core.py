@@ -11,21 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from octavo.engine.assemble import Parts, Progress, assemble
+from octavo.engine.assemble import Parts, Progress, assemble, limits_of
 from octavo.engine.config import EngineConfig
 from octavo.engine.device import Device
+from octavo.engine.grammar.compiler import Compiler
 from octavo.engine.harvest import Harvest, harvest, retire
-from octavo.engine.host import Host, Launch, Limits
+from octavo.engine.host import Host, Launch
 from octavo.engine.intake import Intake
 from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats
 from octavo.engine.planning import check_workspace
 from octavo.engine.reader import Reader
 from octavo.engine.recovery import Recovery
+from octavo.engine.resident import resident_bytes
 from octavo.engine.scheduler import schedule, stop
 from octavo.engine.sequence import Phase, Sequence
+from octavo.engine.several import extend
 
 STATS_EVERY = 0.25  # seconds between two Stats in the outputs
 DEADLINES_EVERY = 0.1  # seconds between two looks at the requests' time limits
+COMPILING_WAIT = 0.005  # seconds of a turn that has nothing to do but wait for a grammar
 
 
 class EngineCore:
@@ -45,15 +49,10 @@ class EngineCore:
         self.backend, self.resolved = parts.backend, parts.resolved
         self.eos_token_ids = parts.eos_token_ids
         self.reader = Reader()
-        self.limits = Limits(
-            dims=self.resolved.dims,
-            row_buckets=self.resolved.row_buckets,
-            token_buckets=self.resolved.token_buckets,
-            depth=config.steps_in_flight,
-            prefix_caching=config.enable_prefix_caching,
-            by_priority=config.scheduling_policy == "priority",
-        )
+        self.limits = limits_of(config, self.resolved)
         self.host = Host(self.limits)
+        self.grammars = Compiler(parts.vocabulary)
+        self.grammars.warm()  # while the programs compile, which leaves the interpreter free
         self.intake = Intake(self.resolved, self.eos_token_ids, config.max_num_queued_reqs)
         self.device = Device(config, parts, self.limits, self.reader, progress)
         self.memory = check_workspace(self.resolved, self.device.programs.workspace())
@@ -81,9 +80,36 @@ class EngineCore:
             return
         for sequence in sequences:
             self.host.live[sequence.handle] = sequence
+        if request.grammar and not self.grammars.submit(sequences):
+            for sequence in sequences:
+                sequence.phase = Phase.COMPILING
+            self.host.compiling.update(sequences)
+        else:
+            self._enqueue(sequences)
+
+    def _enqueue(self, sequences: list[Sequence]) -> None:
+        """The first of a request's sequences waits for a slot, the others for its prompt."""
         self.host.enqueue(sequences[0])
         if len(sequences) > 1:
             self.host.children[sequences[0].serial] = sequences[1:]
+
+    def _take_compiled(self, wait: float = 0.0) -> None:
+        """Enqueue those whose grammars are built by now."""
+        if not self.host.compiling:
+            return
+        for done in self.grammars.take(wait):
+            alive = [s for s in done.sequences if s.phase is Phase.COMPILING]
+            self.host.compiling.difference_update(alive)
+            if done.problem:
+                for sequence in alive:
+                    self._fail(sequence, done.problem)
+            elif alive:
+                self._enqueue(alive)
+
+    def _fail(self, sequence: Sequence, message: str, status: int = 400) -> None:
+        """End a sequence with an error."""
+        self._remove(sequence)
+        self._refused.append(Finish(sequence.handle, "error", message=message, status=status))
 
     def abort(self, handles: Iterable[int]) -> None:
         """Forget sequences and say no more of them; unknown and finished ones are no error."""
@@ -100,6 +126,9 @@ class EngineCore:
         elif sequence.phase is Phase.PREEMPTING:
             sequence.phase = Phase.STOPPING
             host.muted[sequence.slot] = True
+        elif sequence.phase is Phase.COMPILING:
+            sequence.phase = Phase.DONE
+            host.compiling.discard(sequence)
         elif sequence.phase is Phase.WAITING:
             sequence.phase = Phase.DONE
             for held in host.children.values():
@@ -125,10 +154,11 @@ class EngineCore:
         outputs: list[Output] = []
         try:
             self._check_deadlines(began)
+            self._take_compiled()
             launch = self._dispatch(outputs)
-            flights = self.host.flights
-            while flights and (len(flights) >= self.limits.depth or launch is None):
-                outputs.append(self._output(self._harvest()))
+            host = self.host
+            while host.flights and (host.in_flight >= self.limits.depth or launch is None):
+                outputs += self._harvest_program()
                 if launch is None:
                     break
         except Exception as error:  # the donated state is gone, whatever it was
@@ -142,23 +172,42 @@ class EngineCore:
 
     def _dispatch(self, outputs: list[Output]) -> Launch | None:
         launch = schedule(self.host)
+        extend(self.host, launch)
         if launch is None:
-            assert self.host.flights or not self.host.live, "nothing runs and nothing can start"
+            host = self.host
+            if not host.flights and host.compiling:
+                self._take_compiled(COMPILING_WAIT)
+            elif not host.flights:
+                assert not host.live, "nothing runs and nothing can start"
             return None
         self._note_starts(launch)
         passed = self.device.begin(launch)
         if launch.masked:  # every token so far must be known, while the forward pass runs
             while self.host.flights:
-                outputs.append(self._output(self._harvest()))
+                outputs += self._harvest_program(busy=passed is not None)
         self.device.finish(launch, passed, self.host)
         self.host.flights.append(launch.flight)
+        self.host.flights.extend(launch.followers)
+        for sequence, why in self.device.masks.take_stuck():
+            if self.host.live.get(sequence.handle) is sequence:
+                self._fail(sequence, f"`structured_outputs` leaves no token to choose: {why}")
         return launch
 
-    def _harvest(self) -> Harvest:
+    def _harvest_program(self, busy: bool = False) -> list[Output]:
+        """All steps of the oldest program. busy: a pass was dispatched that is in no flight yet."""
+        outputs = [self._output(self._harvest(busy))]
+        while self.host.flights and self.host.flights[0].part:
+            outputs.append(self._output(self._harvest(busy)))
+        return outputs
+
+    def _harvest(self, busy: bool = False) -> Harvest:
         flight = self.host.flights[0]
-        rows = self.device.read(flight, behind=len(self.host.flights) - 1)
+        rows = self.device.read(flight, behind=self.host.in_flight - 1 + busy)
         self.host.flights.popleft()
         out = harvest(self.host, flight, rows)
+        if rows is not None:
+            prompt = sum(count for _, _, count, _ in flight.chunks)
+            self.host.counters.count_iteration(prompt + len(out.tokens))
         return out
 
     def _note_starts(self, launch: Launch) -> None:
@@ -177,16 +226,8 @@ class EngineCore:
         clock = time.monotonic()
         late = [s for s in self.host.live.values() if s.deadline and clock > s.deadline]
         for sequence in late:
-            self._remove(sequence)
-            self._refused.append(
-                Finish(
-                    sequence.handle,
-                    "error",
-                    message=f"the request ran into its own time limit of "
-                    f"{sequence.request.timeout:g} s",
-                    status=408,
-                )
-            )
+            seconds = sequence.request.timeout
+            self._fail(sequence, f"the request ran into its own time limit of {seconds:g} s", 408)
 
     def _output(self, got: Harvest) -> Output:
         out = Output(
@@ -228,6 +269,12 @@ class EngineCore:
             host_seconds=self._host_seconds,
             in_flight=len(host.flights),
             restarts=self.recovery.restarts,
+            evictions=sum(pool.evictions for pool in host.pools),
+            page_waits=counters.waits,
+            deferred=host.deferred,
+            iterations=counters.iterations,
+            iteration_tokens=counters.iteration_tokens,
+            resident_bytes=resident_bytes(),
         )
 
     def ready(self) -> Ready:
@@ -242,6 +289,8 @@ class EngineCore:
             max_num_batched_tokens=resolved.token_buckets[-1],
             summary=self.summary(),
             startup_seconds=self.startup_seconds,
+            page_size=self.memory.page_size,
+            kv_dtype=resolved.kv_dtype.name,
         )
 
     def summary(self) -> list[str]:
@@ -271,5 +320,7 @@ class EngineCore:
             if sequence.slot >= 0 and sequence.phase is Phase.RUNNING:
                 retire(self.host, sequence)
         self.host.live.clear()
+        self.host.compiling.clear()
         self.host.flights.clear()
+        self.grammars.close()
         self.device.close()

@@ -41,10 +41,10 @@ class Device:
         self.head = parts.resolved.model.head(parts.params)
         self.packer = Packer(limits.dims)
         self.masks = Masks(limits.dims.vocab)
-        use_cache(config.compilation_cache)
+        folder = use_cache(config.compilation_cache)
         began = time.perf_counter()
         machine = Machine(limits.dims, parts.resolved.model, parts.backend)
-        self.programs = Programs(machine, limits, config.max_logprobs)
+        self.programs = Programs(machine, limits, config.max_logprobs, folder)
         self.programs.compile(parts.params, cache_maker(parts.backend, parts.resolved), progress)
         with WATCH.building():
             self.state = self.programs.empty()
@@ -67,6 +67,10 @@ class Device:
             self.state = replace(self.state, slots=slots, pages=pages)
         if not launch.rows:
             return None
+        if launch.followers:
+            several = self.programs.several[launch.rows, launch.greedy]
+            self.state, *launch.flight.result = several(self.params, self.state)
+            return None
         key = (launch.rows, launch.tokens)
         arguments = (vector,) if launch.tokens else ()
         self.state, passed, taken = self.programs.forward[key](self.params, self.state, *arguments)
@@ -83,15 +87,19 @@ class Device:
                 score = self.programs.score[launch.tokens]
                 flight.scores = score(self.head, passed.chunk_hidden, targets, named)
             passed = replace(passed, chunk_hidden=None)
-            if launch.rich:
+            arguments = (self.head, self.state.slots, passed)
+            if launch.rich or launch.masked:
                 mask = jax.device_put(self.masks.build(host, flight)[None])
+            if launch.rich:
                 named = jax.device_put(named_of_rows(flight)[None])
                 rich = self.programs.rich[launch.rows]
-                slots, packed, flight.rich = rich(self.head, self.state.slots, passed, mask, named)
+                slots, packed, flight.rich = rich(*arguments, mask, named)
+            elif launch.masked:
+                slots, packed = self.programs.masked[launch.rows](*arguments, mask)
             else:
                 choices = self.programs.greedy if launch.greedy else self.programs.sample
                 sample = choices[launch.rows]
-                slots, packed = sample(self.head, self.state.slots, passed)
+                slots, packed = sample(*arguments)
             self.state = replace(self.state, slots=slots)
             flight.result = (packed, *flight.result)
         self.reader.expect((flight.result, flight.rich, flight.scores))
@@ -109,6 +117,8 @@ class Device:
 
     def read(self, flight: Flight, *, behind: int) -> Rows | None:
         """A flight's results, on the host; None where it only edited."""
+        if flight.parts > 1:
+            return self._read_part(flight, behind)
         if flight.result is None:
             return None
         arrays = (flight.result, flight.rich, flight.scores)
@@ -119,6 +129,13 @@ class Device:
             tuple(a[0] for a in rich) if rich else (),
             tuple(a[0] for a in scores) if scores else (),
         )
+
+    def _read_part(self, flight: Flight, behind: int) -> Rows:
+        """One step of a program that held several: the first brings the results of all."""
+        if flight.leader is None:
+            flight.result = self.reader.read(flight.result, behind=behind)
+        packed, taken = (flight.leader or flight).result
+        return Rows(packed[0, flight.part], taken[0, flight.part])
 
     def rebuild(self) -> None:
         """An empty state in place of one that a failed step took with it."""
@@ -153,10 +170,12 @@ def named_of_chunks(flight: Flight) -> np.ndarray:
     return named
 
 
-def use_cache(folder: str) -> None:
-    """Keep compiled programs in `folder` between runs."""
-    if folder == "none" or jax.config.values["jax_compilation_cache_dir"]:
-        return
+def use_cache(folder: str) -> Path | None:
+    """Keep compiled programs in `folder` between runs; where, or None where they are not kept."""
+    if folder == "none":
+        return None
+    if chosen := jax.config.values["jax_compilation_cache_dir"]:
+        return Path(chosen)
     path = Path.home() / ".cache" / "octavo" / "programs" if folder == "auto" else Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -167,7 +186,8 @@ def use_cache(folder: str) -> None:
             path,
             (error.strerror or str(error)).lower(),
         )
-        return
+        return None
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path

@@ -220,7 +220,7 @@ def _stop_late(
         sequence = host.occupant[slot]
         assert sequence is not None, f"{slot=} is empty"
         generated = int(host.known[slot]) - sequence.prompt_len
-        few = generated < sequence.request.sampling.min_tokens
+        few = generated < sequence.min_tokens
         if few or int(token[row]) not in sequence.stop_ids[STOP_IDS:]:
             continue
         if flags[row] & FINISHED:

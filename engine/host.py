@@ -5,12 +5,14 @@ those of the last harvested step. Host code: no jax, no clock.
 """
 
 import heapq
+from bisect import bisect_left
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from octavo.engine.messages import ITERATION_TOKENS
 from octavo.engine.plan import Draft
 from octavo.engine.pool import Pool
 from octavo.engine.sequence import Phase, Sequence
@@ -28,6 +30,8 @@ class Limits:
     prefix_caching: bool
     by_priority: bool
     apart: bool = False  # prefill and decode cannot share a program: they take turns
+    steps: int = 1  # decode steps that one program may hold; see octavo.engine.several
+    several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
 
 
 @dataclass(eq=False, slots=True)
@@ -46,6 +50,10 @@ class Flight:
     result: Any = None  # device arrays; see octavo.engine.reader
     rich: Any = None
     scores: Any = None
+    # Steps of one program are flights of their own, which share the result of the first.
+    leader: Any = None  # Flight, for all but the first
+    part: int = 0  # which of the program's steps this is
+    parts: int = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -56,10 +64,11 @@ class Launch:
     flight: Flight
     rows: int
     tokens: int  # T bucket; 0 is a pure decode
-    rich: bool  # log probabilities or masks: sample apart
+    rich: bool  # log probabilities beside the tokens
     masked: bool  # the mask needs every token before this step
     scored: bool  # prompt log probabilities
     greedy: bool = False  # every row takes the likeliest token: the shortest program
+    followers: list[Flight] = field(default_factory=list)  # more decode steps in the same program
 
 
 @dataclass
@@ -73,6 +82,13 @@ class Counters:
     prefix_hits: int = 0
     steps: int = 0
     waits: int = 0  # times nothing could be dispatched until a harvest gave pages back
+    iterations: list[int] = field(default_factory=lambda: [0] * (len(ITERATION_TOKENS) + 1))
+    iteration_tokens: int = 0
+
+    def count_iteration(self, tokens: int) -> None:
+        """One step was harvested that worked on so many tokens."""
+        self.iterations[bisect_left(ITERATION_TOKENS, tokens)] += 1
+        self.iteration_tokens += tokens
 
 
 class Host:
@@ -101,6 +117,7 @@ class Host:
         self.stopping: list[Sequence] = []  # their stop is in no plan yet
         self.stale: list[int] = []  # finished slots whose row the device still shows
         self.queue: list[tuple[int, int, Sequence]] = []  # heap of the waiting
+        self.compiling: set[Sequence] = set()  # in no queue until their grammar is built
         self.gone = 0  # entries of the queue that wait no more
         self.live: dict[int, Sequence] = {}  # by handle
         self.children: dict[int, list[Sequence]] = {}  # by the parent's serial, held back
@@ -108,12 +125,22 @@ class Host:
         self.counters = Counters()
         self.serials = 0
 
+    @property
+    def in_flight(self) -> int:
+        """Programs that are out, however many steps they hold."""
+        return sum(flight.part == 0 for flight in self.flights)
+
     # --- the queue
 
     @property
     def waiting(self) -> int:
         """Sequences in no slot."""
-        return len(self.queue) - self.gone + sum(len(c) for c in self.children.values())
+        return len(self.queue) - self.gone + self.deferred
+
+    @property
+    def deferred(self) -> int:
+        """Of the waiting, those whose grammar compiles, or whose first choice runs its prompt."""
+        return len(self.compiling) + sum(len(children) for children in self.children.values())
 
     @property
     def running(self) -> int:

@@ -87,9 +87,10 @@ class Intake:
     def _check_unserved(self, sampling: SamplingParams) -> None:
         """What this version cannot do is refused, never ignored."""
         unserved = {
-            "structured_outputs": sampling.structured_outputs,
             "thinking_token_budget": sampling.thinking_token_budget,
         }
+        if sampling.structured_outputs is not None:
+            raise Refused("`structured_outputs` came without the grammar that a client makes of it")
         for name, value in unserved.items():
             if value is not None:
                 raise Refused(f"`{name}` is not served by this version; leave it out")

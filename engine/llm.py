@@ -14,14 +14,19 @@ from typing import Any, Self
 import numpy as np
 
 from octavo.engine.assemble import open_model
-from octavo.engine.config import EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.core import EngineCore
-from octavo.engine.encoder import Encoder
+from octavo.engine.embedder import Embedder
 from octavo.engine.progress import Bar, startup_progress
 from octavo.engine.requests import Prompt, Requests, as_list, spread
+from octavo.engine.runner import choose_runner
 from octavo.engine.sampling_params import RequestOutputKind, SamplingParams
 from octavo.engine.text.opened import Message, open_text
-from octavo.engine.text.outputs import RequestOutput
+from octavo.engine.text.outputs import (
+    EmbeddingRequestOutput,
+    RequestOutput,
+    ScoringRequestOutput,
+)
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.models.sources.orbax import save as save_orbax
 
@@ -45,11 +50,18 @@ class LLM:
         self.config = EngineConfig(model=model, **settings)
         self.config.validate()
         self._text = open_text(self.config, chat_template)
+        self._core: EngineCore | None = None
+        self._embedder: Embedder | None = None
+        reads = choose_runner(self.config) == "pooling"
         with startup_progress(quiet) as progress:
-            self._core = EngineCore(self.config, progress=progress)
-        self._requests = Requests(self.config, self._text, self._core.ready())
+            if reads:
+                self._embedder = Embedder(self.config, self._text, progress)
+                ready = self._embedder.ready
+            else:
+                self._core = EngineCore(self.config, progress=progress)
+                ready = self._core.ready()
+        self._requests = Requests(self.config, self._text, ready)
         self._waiting: dict[str, deque[RequestOutput]] = {}
-        self._encoder: Encoder | None = None
         self._closed = False
 
     # --- generation
@@ -88,6 +100,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template."""
+        self._check_generates()
         single = bool(messages) and isinstance(messages[0], Mapping)
         chats: Any = [messages] if single else messages
         prompts: list[Prompt] = []
@@ -111,6 +124,7 @@ class LLM:
 
         Leaving the loop aborts the request.
         """
+        self._check_generates()
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             text, ids = self._text.chat(prompt)  # type: ignore[arg-type]
             prompt = {"prompt": text, "prompt_token_ids": ids}
@@ -130,18 +144,26 @@ class LLM:
                     return
         finally:
             self._waiting.pop(name, None)
-            self._core.abort(self._requests.processor.abort(name))
+            self.core.abort(self._requests.processor.abort(name))
 
     def _kind(self, params: SamplingParams | None, kind: RequestOutputKind) -> SamplingParams:
         return (params or self._text.defaults()).replace(output_kind=kind)
 
     def _submit(self, prompt: Prompt, params: SamplingParams, priority: int) -> str:
-        if self._closed:
-            raise RuntimeError("this LLM was closed; make a new one")
+        self._check_generates()
         request = self._requests.prepare(prompt, params, priority=priority)
         self._waiting[request.request_id] = deque()
-        self._core.add(request)
+        self.core.add(request)
         return request.request_id
+
+    def _check_generates(self) -> None:
+        if self._closed:
+            raise RuntimeError("this LLM was closed; make a new one")
+        if self._core is None:
+            raise ConfigError(
+                f"the model `{self.config.model}` reads texts and generates none",
+                "use embed, encode or score; or the runner `generate`, where the model can",
+            )
 
     def _run(
         self, jobs: list[tuple[Prompt, SamplingParams, int]], use_tqdm: bool
@@ -162,15 +184,15 @@ class LLM:
         finally:
             for name in names:
                 self._waiting.pop(name, None)
-                self._core.abort(self._requests.processor.abort(name))
+                self.core.abort(self._requests.processor.abort(name))
         return [done[name] for name in names]
 
     def _turn(self) -> list[tuple[str, RequestOutput]]:
         """One turn of the engine; outputs go to whoever waits for them, and are returned too."""
         got: list[tuple[str, RequestOutput]] = []
-        for message in self._core.turn():
+        for message in self.core.turn():
             outputs, ended = self._requests.processor.process(message)
-            self._core.abort(ended)
+            self.core.abort(ended)
             for output in outputs:
                 got.append((output.request_id, output))
                 queue = self._waiting.get(output.request_id)
@@ -178,17 +200,58 @@ class LLM:
                     queue.append(output)
         return got
 
-    # --- embeddings
+    # --- embeddings and scores, of a model that reads
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """One embedding per prompt, as the model means it to be pooled and normalized.
+
+        `dimensions` keeps that many numbers; longer prompts than the model takes are refused unless
+        `truncate_prompt_tokens` says how much of them to read (-1: all that fits).
+        """
+        return self._reading().embed(
+            prompts, dimensions=dimensions, truncate=truncate_prompt_tokens, show=use_tqdm
+        )
 
     def encode(
-        self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "last", normalize: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
     ) -> np.ndarray:
-        """One vector per prompt, f32[n, E]: the last token's hidden state, or the mean of all."""
-        if self._encoder is None:
-            resolved = self._core.resolved
-            self._encoder = Encoder(resolved.model, self._core.device.params, resolved.dtype)
-        ids = [self._requests.read(prompt)[1] for prompt in as_list(prompts)]
-        return self._encoder(ids, pooling=pooling, normalize=normalize)
+        """As `embed`, as one array f32[n, E]; None normalizes where the model means that."""
+        return self._reading().encode(
+            prompts, normalize=normalize, dimensions=dimensions, truncate=truncate_prompt_tokens
+        )[0]
+
+    def score(
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        *,
+        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well pairs go together: one text with many, or each with its own."""
+        return self._reading().score(text_1, text_2, truncate=truncate_prompt_tokens, show=use_tqdm)
+
+    def _reading(self) -> Embedder:
+        if self._closed:
+            raise RuntimeError("this LLM was closed; make a new one")
+        if self._embedder is None:
+            raise ConfigError(
+                f"the model `{self.config.model}` generates text here, and gives no embeddings",
+                'LLM(..., runner="pooling") reads with it',
+            )
+        return self._embedder
 
     # --- facts
 
@@ -202,13 +265,14 @@ class LLM:
 
     @property
     def core(self) -> EngineCore:
-        """The engine itself."""
+        """The engine itself, where it generates."""
+        assert self._core is not None, f"{self.config.model=} reads"
         return self._core
 
     @property
     def vocab_size(self) -> int:
         """V."""
-        return self._core.resolved.dims.vocab
+        return self._requests.limits.vocab_size
 
     def save(self, folder: str | Path) -> Path:
         """Write the loaded model to a new folder, which starts faster than what it came from.
@@ -217,13 +281,18 @@ class LLM:
         them; `LLM(folder)` and `octavo serve FOLDER` take it. Raises CheckpointError.
         """
         with closing(open_model(self.config)) as checkpoint:
-            return save_orbax(self._core.device.params, checkpoint, folder)
+            params = self._embedder.core.params if self._embedder else self.core.device.params
+            return save_orbax(params, checkpoint, folder)
 
     def close(self) -> None:
         """Free the device memory; twice is no error."""
         if not self._closed:
             self._closed = True
-            self._core.close()
+            if self._embedder is None:
+                self._requests.grammars.close()
+                self.core.close()
+            else:
+                self._embedder.core.close()
 
     def __enter__(self) -> Self:
         return self

@@ -6,13 +6,9 @@ token v. Host code: no jax.
 
 import numpy as np
 
+from octavo.engine.grammar.guide import Filler, mask_words
 from octavo.engine.host import Flight, Host
 from octavo.engine.sequence import Sequence
-
-
-def mask_words(vocab: int) -> int:
-    """Words of one row's mask."""
-    return -(-vocab // 32)
 
 
 def pack_ids(ids: np.ndarray, vocab: int) -> np.ndarray:
@@ -28,34 +24,96 @@ class Masks:
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
         self._fixed: dict[int, np.ndarray] = {}  # by serial
+        self._filler = Filler(vocab)
+        self._stuck: list[tuple[Sequence, str]] = []
 
     def build(self, host: Host, flight: Flight) -> np.ndarray:
         """u32[R, words] for the rows of a flight; every token before this step is known."""
         out = np.full((flight.rows, mask_words(self.vocab)), 0xFFFFFFFF, np.uint32)
+        finals = {id(sequence) for sequence, _, _, final in flight.chunks if final}
+        guided: list[tuple[int, Sequence]] = []
         for row, sequence in enumerate(flight.sequences):
-            if sequence is not None and sequence.masked and sequence.slot >= 0:
+            if sequence is None or not sequence.masked or sequence.slot < 0:
+                continue
+            if sequence.guide is None:
                 out[row] = self._row(host, sequence)
+            elif flight.decoding[row] or id(sequence) in finals:  # a prompt's first part waits
+                guided.append((row, sequence))
+        if guided:
+            self._guide(host, out, guided)
         alive = {s.serial for s in flight.sequences if s is not None}
         for serial in [s for s in self._fixed if s not in alive]:
             del self._fixed[serial]
         return out
 
-    def _row(self, host: Host, sequence: Sequence) -> np.ndarray:
+    def take_stuck(self) -> list[tuple[Sequence, str]]:
+        """Sequences for which no token is left to choose, and why; their rows allow all."""
+        stuck, self._stuck = self._stuck, []
+        return stuck
+
+    def _guide(self, host: Host, out: np.ndarray, guided: list[tuple[int, Sequence]]) -> None:
+        """Put the masks of the grammars into their rows, together with what else is asked."""
+        guides = []
+        for _, sequence in guided:
+            assert sequence.guide is not None, f"{sequence.handle=}"
+            sequence.guide.advance(_output(host, sequence))
+            guides.append(sequence.guide)
+        filled = self._filler.fill(guides)
+        for (row, sequence), mask, guide in zip(guided, filled, guides, strict=True):
+            if guide.broken:
+                self._stuck.append((sequence, guide.broken))
+                continue
+            out[row] = mask
+            if not _plain(sequence):
+                out[row] &= self._row(host, sequence, ends=False)
+                if not out[row].any():
+                    self._stuck.append(
+                        (
+                            sequence,
+                            "those that `allowed_token_ids` and `bad_words` leave do not fit",
+                        )
+                    )
+                    out[row] = 0xFFFFFFFF
+                    continue
+            if sequence.request.sampling.min_tokens:
+                later = out[row].copy()
+                self._hold_ends(host, sequence, later)
+                if later.any():  # else the grammar has ended: no text can be longer
+                    out[row] = later
+
+    def _row(self, host: Host, sequence: Sequence, ends: bool = True) -> np.ndarray:
         sampling = sequence.request.sampling
         fixed = self._fixed.get(sequence.serial)
         if fixed is None:
             allowed = sampling.allowed_token_ids
             ids = np.arange(self.vocab) if not allowed else np.array(allowed)
             fixed = self._fixed[sequence.serial] = pack_ids(ids, self.vocab)
+            if sequence.guide is not None:  # what may end the text is the grammar's to say
+                ends_too = list(sequence.guide.ends)
+                fixed |= pack_ids(np.array(ends_too), self.vocab)
         mask = fixed.copy()
-        known = int(host.known[sequence.slot])
-        output = host.tokens[sequence.slot, sequence.prompt_len : known]
+        output = _output(host, sequence)
         for word in sequence.request.bad_words:
             *before, last = word
             n = len(before)
             if n <= len(output) and (n == 0 or output[-n:].tolist() == before):
                 mask[last >> 5] &= ~np.uint32(1 << (last & 31))
-        if len(output) < sampling.min_tokens:
+        if ends:
+            self._hold_ends(host, sequence, mask)
+        return mask
+
+    def _hold_ends(self, host: Host, sequence: Sequence, mask: np.ndarray) -> None:
+        if len(_output(host, sequence)) < sequence.request.sampling.min_tokens:
             for token in sequence.stop_ids:
                 mask[token >> 5] &= ~np.uint32(1 << (token & 31))
-        return mask
+
+
+def _output(host: Host, sequence: Sequence) -> np.ndarray:
+    """i32[n] what the sequence said so far."""
+    return host.tokens[sequence.slot, sequence.prompt_len : int(host.known[sequence.slot])]
+
+
+def _plain(sequence: Sequence) -> bool:
+    """Whether nothing but a grammar rules it."""
+    request = sequence.request
+    return not (request.sampling.allowed_token_ids or request.bad_words)

@@ -81,6 +81,8 @@ class Resolved:
     token_buckets: tuple[int, ...]
     max_model_len: int
     memory: MemoryPlan
+    steps: int = 1  # decode steps in one program
+    several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
 
 
 def size(count: float) -> str:
@@ -134,16 +136,22 @@ def resolve(
         max_model_len=longest,
         max_num_seqs=seqs,
     )
+    small = weights < backend.small_model
+    rows = backend.row_buckets(seqs)
+    if small:
+        rows = tuple(r for r in rows if r >= backend.small_rows) or rows[-1:]
     return Resolved(
         config=config,
         model=built,
         dims=dims,
         dtype=dtype,
         kv_dtype=kv_dtype,
-        row_buckets=backend.row_buckets(seqs),
+        row_buckets=rows,
         token_buckets=backend.token_buckets(budget),
         max_model_len=longest,
         memory=memory,
+        steps=backend.small_steps if small else 1,
+        several_rows=tuple(r for r in rows if small and r <= backend.small_steps_rows),
     )
 
 

@@ -8,6 +8,9 @@ import msgspec
 
 from octavo.engine.sampling_params import SamplingParams
 
+# Upper bounds of the buckets in which steps are counted by their tokens, prompt and generated.
+ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
 
 class AddRequest(msgspec.Struct, tag="add", array_like=True, omit_defaults=True):
     """One prompt. It becomes `sampling.n` sequences with the handles handle, handle + 1, ..."""
@@ -21,12 +24,24 @@ class AddRequest(msgspec.Struct, tag="add", array_like=True, omit_defaults=True)
     arrival: float = 0.0  # seconds, time.monotonic of the host
     cache_salt: str = ""
     timeout: float = 0.0  # seconds from arrival; 0 is none
+    grammar: str = ""  # checked by the client; `sampling.structured_outputs` does not travel
+    mask_after: list[int] = []  # the grammar begins behind these tokens; empty is at once
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):
     """Forget these sequences; those unknown or finished are no error."""
 
     handles: list[int]
+
+
+class EncodeRequest(msgspec.Struct, tag="encode", array_like=True, omit_defaults=True):
+    """One text, or a pair of texts as one, that a model which only reads turns into a vector."""
+
+    handle: int  # chosen by the client, never reused while alive
+    request_id: str
+    prompt: bytes  # i32[n]
+    second: int = 0  # where the second text of a pair begins; 0: there is one text
+    arrival: float = 0.0  # seconds, time.monotonic of the host
 
 
 class Finish(msgspec.Struct, array_like=True):
@@ -58,6 +73,13 @@ class Logprobs(msgspec.Struct, array_like=True):
     named: int = 0
 
 
+class Encoded(msgspec.Struct, array_like=True):
+    """What a text became. Its Finish is in the same message."""
+
+    handle: int
+    vector: bytes  # f32[Pooler.size], not normalized; of a classifier the numbers of its labels
+
+
 class Stats(msgspec.Struct, array_like=True):
     """Where the engine stands, for metrics and the live view."""
 
@@ -78,6 +100,12 @@ class Stats(msgspec.Struct, array_like=True):
     host_seconds: float = 0.0  # host time spent in turns, device waits not counted
     in_flight: int = 0
     restarts: int = 0  # times the state was rebuilt after a step raised
+    evictions: int = 0  # pages that the prefix index gave up for others
+    page_waits: int = 0  # turns in which nothing could be dispatched for want of pages
+    deferred: int = 0  # of `waiting`: choices that wait for their request's first one
+    iterations: list[int] = []  # steps by their tokens, counted in the buckets ITERATION_TOKENS
+    iteration_tokens: int = 0  # their sum
+    resident_bytes: int = 0  # memory of the engine's process that is in RAM
 
 
 class Output(msgspec.Struct, tag="output", array_like=True, omit_defaults=True):
@@ -89,6 +117,17 @@ class Output(msgspec.Struct, tag="output", array_like=True, omit_defaults=True):
     finished: list[Finish] = []  # their last tokens are in `tokens` of this same message
     logprobs: list[Logprobs] = []
     stats: Stats | None = None
+    encoded: list[Encoded] = []
+
+
+class Pooler(msgspec.Struct, array_like=True):
+    """What an engine that only reads gives for a text."""
+
+    task: str  # "embed": an embedding; "score": the numbers of a classifier's labels
+    size: int  # numbers in a vector
+    normalize: bool = True  # embeddings are meant to have length 1
+    dimensions: list[int] = []  # lengths that embeddings may be cut to; none is any
+    activation: str = "sigmoid"  # what a score goes through: "sigmoid" | "identity"
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True):
@@ -102,6 +141,9 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     max_num_batched_tokens: int
     summary: list[str]  # the start-up lines
     startup_seconds: float
+    page_size: int = 0  # tokens in a page of the cache
+    kv_dtype: str = ""  # of the cache
+    pooler: Pooler | None = None  # None: the engine generates
 
 
 class Dead(msgspec.Struct, tag="dead", array_like=True):
@@ -110,5 +152,5 @@ class Dead(msgspec.Struct, tag="dead", array_like=True):
     message: str
 
 
-ToEngine = AddRequest | Abort
+ToEngine = AddRequest | Abort | EncodeRequest
 FromEngine = Output | Ready | Dead

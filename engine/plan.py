@@ -17,9 +17,9 @@ import numpy as np
 from octavo.engine.state import BIAS, STOP_IDS, Dims
 
 MOVES = 4  # row moves in one plan
-ADMISSIONS = 16  # admissions in one plan
+ADMISSIONS = 32  # admissions in one plan
 CHUNKS = 32  # prompt chunks in one plan
-PIECES = 48  # upload pieces in one plan
+PIECES = 96  # upload pieces in one plan
 # Fields of one admission before its stop ids, sampling columns and per-group pages.
 SCALARS = ("slot", "length", "prompt_len", "limit", "min_tokens", "seed", "seed_high", "adapter")
 HISTORY, BIAS_IDS, BIAS_VALUES = range(3)  # kinds of upload

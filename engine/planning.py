@@ -4,36 +4,38 @@ from contextlib import closing
 from dataclasses import replace
 
 from octavo.backends.select import select
-from octavo.engine.assemble import cache_maker, open_model
+from octavo.engine.assemble import cache_maker, limits_of, open_model
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.device import use_cache
-from octavo.engine.host import Limits
+from octavo.engine.encoder_plan import EncoderMemory, plan_encoder
 from octavo.engine.memory import MemoryPlan, Resolved, resolve, size
 from octavo.engine.programs import Programs
+from octavo.engine.runner import choose_runner
 from octavo.engine.step import Machine
 from octavo.models.config import ModelConfig
 
 
-def plan_memory(config: EngineConfig) -> MemoryPlan:
+def plan_memory(config: EngineConfig) -> MemoryPlan | EncoderMemory:
     """The plan, with the workspace that the largest compiled programs really need.
 
     Raises ConfigError where it does not fit.
     """
     config.validate()
+    if choose_runner(config) == "pooling":
+        use_cache(config.compilation_cache)
+        return plan_encoder(config)
     backend = select(config.device)
     with closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
-    use_cache(config.compilation_cache)
+    folder = use_cache(config.compilation_cache)
     machine = Machine(resolved.dims, resolved.model, backend)
-    limits = Limits(
-        dims=resolved.dims,
+    limits = replace(
+        limits_of(config, resolved),
         row_buckets=resolved.row_buckets[-1:],
         token_buckets=resolved.token_buckets[-1:],
-        depth=config.steps_in_flight,
-        prefix_caching=config.enable_prefix_caching,
-        by_priority=False,
+        several_rows=resolved.several_rows[-1:],
     )
-    programs = Programs(machine, limits, config.max_logprobs)
+    programs = Programs(machine, limits, config.max_logprobs, folder)
     programs.compile(resolved.model.abstract_params(resolved.dtype), cache_maker(backend, resolved))
     return check_workspace(resolved, programs.workspace())
 

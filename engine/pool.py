@@ -26,6 +26,7 @@ class Pool:
         self.sent_first = np.zeros(dims.slots, np.int32)  # window advances already dispatched
         self.references = np.zeros(group.pages, np.int32)
         self.index = PrefixIndex()
+        self.evictions = 0  # since start
         self.returns: list[int] = []  # decided, in no dispatched plan yet
         self.bound = group.pages - 1
         self.free = group.pages - 1  # free_top as last harvested
@@ -45,6 +46,7 @@ class Pool:
         """Turn up to `count` idle pages into returns, oldest first."""
         for _ in range(min(max(count, 0), self.index.idle)):
             self.returns.append(self.index.evict())
+            self.evictions += 1
 
     def share(self, ids: Iterable[int]) -> None:
         """A new row refers to these indexed (or another row's) pages."""

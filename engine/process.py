@@ -33,6 +33,7 @@ from octavo.engine.messages import (
     Abort,
     AddRequest,
     Dead,
+    EncodeRequest,
     Finish,
     FromEngine,
     Output,
@@ -40,8 +41,9 @@ from octavo.engine.messages import (
     Stats,
     ToEngine,
 )
+from octavo.engine.runner import GENERATES, core_of
 
-CORE = "octavo.engine.core:EngineCore"
+CORE = GENERATES  # and where nothing else is asked for, what reads for a model that only reads
 HEARTBEAT = 0.25  # seconds between two Stats to every client
 CLIENT_SHIFT = 24  # a handle of the engine is client << 24 | handle of that client
 HANDLE_MASK = (1 << CLIENT_SHIFT) - 1
@@ -54,7 +56,7 @@ class Core(Protocol):
     """What the loop asks of an EngineCore."""
 
     def ready(self) -> Ready: ...
-    def add(self, request: AddRequest) -> None: ...
+    def add(self, request: Any) -> None: ...  # AddRequest, or EncodeRequest where it reads
     def abort(self, handles: list[int]) -> None: ...
     def has_work(self) -> bool: ...
     def turn(self) -> list[Output]: ...
@@ -169,7 +171,7 @@ def split(output: Output) -> dict[int, Output]:
         mine = owners == client
         own = (handles[mine] & HANDLE_MASK).astype("<u4")
         parts[client] = Output(handles=own.tobytes(), tokens=tokens[mine].tobytes())
-    for name in ("starts", "finished", "logprobs"):
+    for name in ("starts", "finished", "logprobs", "encoded"):
         for item in getattr(output, name):
             part = parts.get(item.handle >> CLIENT_SHIFT)
             if part is None:
@@ -216,22 +218,26 @@ class Loop:
             else:
                 self._add(client, message)
 
-    def _add(self, client: int, request: AddRequest) -> None:
+    def _add(self, client: int, request: AddRequest | EncodeRequest) -> None:
         request.handle |= client << CLIENT_SHIFT
         try:
+            if isinstance(request, EncodeRequest) != (self._ready.pooler is not None):
+                raise ValueError("the engine does not do this: --runner says what it does")
             self._core.add(request)
         except ValueError as error:  # the request's fault, not the engine's
             self._refuse(request.handle, request, str(error), 400)
             return
-        handles = range(request.handle, request.handle + request.sampling.n)
+        handles = range(request.handle, request.handle + choices(request))
         self._alive.setdefault(client, set()).update(handles)
 
-    def _refuse(self, handle: int, request: AddRequest, message: str, status: int) -> None:
+    def _refuse(
+        self, handle: int, request: AddRequest | EncodeRequest, message: str, status: int
+    ) -> None:
         self._outbox.deliver(
             Output(
                 finished=[
                     Finish(handle + i, "error", message=message, status=status)
-                    for i in range(request.sampling.n)
+                    for i in range(choices(request))
                 ]
             )
         )
@@ -249,6 +255,11 @@ class Loop:
         while self._outbox.gone:  # nobody will read what these asked for
             handles = self._alive.pop(self._outbox.gone.pop(), set())
             self._core.abort(sorted(handles))
+
+
+def choices(request: AddRequest | EncodeRequest) -> int:
+    """Sequences of a request: handles in a row."""
+    return 1 if isinstance(request, EncodeRequest) else request.sampling.n
 
 
 def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
@@ -280,10 +291,11 @@ def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
 
 def _build(core: str, config: EngineConfig) -> Core:
     """The engine itself: only here does this process begin to import jax."""
-    module, name = core.split(":")
+    own = core != CORE
+    module, name = (core if own else core_of(config)).split(":")
     make = getattr(importlib.import_module(module), name)
     engine: Core
-    if core != CORE:
+    if own:
         engine = make(config)
         return engine
     with importlib.import_module("octavo.engine.progress").startup_progress() as progress:

@@ -1,18 +1,22 @@
 """The compiled programs: all of them before ready, in parallel, from a persistent cache.
 
-    edit                    1 forward (R, T)          the decode buckets of R with T = 0, and the
-    prompt buckets of T at full R sample (R)              plain, and rich (masks and log
-    probabilities) score (T)               log probabilities of prompt tokens step (R, T)
-    forward and sample in one program, where the backend prefers that
+    edit             1
+    forward (R, T)   the decode buckets of R with T = 0, and the prompt buckets of T at full R
+    sample (R)       greedy, plain, and rich (masks and log probabilities)
+    score (T)        log probabilities of prompt tokens
+    several (R)      a few steps of forward and sample, greedy and plain, for models so small that
+                     the host is what a step waits for
 
 Every leaf of the state has a leading `data` axis, which a mesh will shard; a program sees one
 shard.
 """
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,11 +24,12 @@ import jax.numpy as jnp
 
 from octavo.engine import step
 from octavo.engine.compiles import WATCH
+from octavo.engine.grammar.guide import mask_words
 from octavo.engine.host import Limits
-from octavo.engine.masks import mask_words
 from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from octavo.engine.state import EngineState, empty_pages, empty_slots
+from octavo.engine.store import Store
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -47,19 +52,43 @@ def new_state(machine: step.Machine, init_kv: Callable[[], Any]) -> EngineState:
 
 
 @dataclass
+class Job:
+    """A program to compile."""
+
+    name: str
+    place: Callable[[Any], None]  # where it goes
+    function: Any
+    arguments: tuple[Any, ...]  # abstract
+    donate: tuple[int, ...] = ()
+    tokens: int = 0  # that it runs
+    static: tuple[Any, ...] = ()  # what the function was made with, besides sizes and model
+
+    @property
+    def details(self) -> tuple[Any, ...]:
+        """What decides the program besides the model, for a name on disk."""
+        return _shapes(self.arguments), self.donate, self.tokens, self.static
+
+
+@dataclass
 class Programs:
     """Compiled programs by bucket. Call them with device arrays only."""
 
     machine: step.Machine
     limits: Limits
     max_logprobs: int
+    folder: Path | None = None  # where they are kept between runs
     edit: Any = None
     empty: Any = None
     forward: dict[tuple[int, int], Any] = field(default_factory=dict)
     greedy: dict[int, Any] = field(default_factory=dict)
     sample: dict[int, Any] = field(default_factory=dict)
+    masked: dict[int, Any] = field(default_factory=dict)
     rich: dict[int, Any] = field(default_factory=dict)
     score: dict[int, Any] = field(default_factory=dict)
+    several: dict[tuple[int, bool], Any] = field(default_factory=dict)  # by (R, greedy)
+    # By name: seconds to trace, which one thread does, and seconds of a thread to compile.
+    builds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    found: int = 0  # programs that were kept from an earlier run
 
     def shapes(self) -> list[tuple[int, int]]:
         """The (R, T) of every forward pass."""
@@ -72,68 +101,107 @@ class Programs:
         """Compile everything. params: arrays or ShapeDtypeStructs."""
         state = jax.eval_shape(lambda: new_state(self.machine, init_kv))
         jobs = self._jobs(jax.tree.map(_abstract, params), state, init_kv)
-        options: Any = dict(self.machine.backend.compiler_options) or None
+        store = None
+        if self.folder is not None:
+            made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
+            store = Store(self.folder / "whole", *made_from, _shapes(state))
         done = 0
         with WATCH.building(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
             futures = []
-            for name, place, function, arguments, donate in jobs:
-                jitted = jax.jit(function, donate_argnums=donate)
-                lowered = jitted.lower(*arguments)
-                work = threads.submit(lowered.compile, compiler_options=options)
-                futures.append((name, place, work))
-            for name, place, work in futures:
-                place(work.result())
+            for job in jobs:
+                if store is not None and store.has(job.name, job.details):
+                    futures.append((job, threads.submit(_timed, store.load, job.name, job.details)))
+                else:
+                    futures.append((job, self._build(job, store, threads)))
+            for job, work in futures:
+                program, seconds = work.result()
+                if program is None:  # it was kept and is of no use
+                    program, seconds = self._build(job, store, threads).result()
+                self.found += job.name not in self.builds
+                self.builds[job.name] = (self.builds.get(job.name, (0.0, 0.0))[0], seconds)
+                job.place(program)
                 done += 1
                 if progress is not None:
-                    progress(name, done, len(jobs))
+                    progress(job.name, done, len(jobs))
+        if store is not None and self.found < len(jobs):
+            store.prune()
 
-    def _jobs(
-        self, params: Any, state: Any, init_kv: Callable[[], Any]
-    ) -> list[tuple[str, Callable[[Any], None], Any, tuple[Any, ...], tuple[int, ...]]]:
-        """(name, where the program goes, function, abstract arguments, donated arguments)."""
+    def _build(self, job: "Job", store: Store | None, threads: ThreadPoolExecutor) -> Any:
+        """Trace here, compile and keep there: a future of (program, seconds)."""
+        began = time.perf_counter()
+        lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.arguments)
+        options: Any = dict(self.machine.backend.compiler_options(job.tokens)) or None
+        self.builds[job.name] = (time.perf_counter() - began, 0.0)
+
+        def work() -> tuple[Any, float]:
+            program, seconds = _timed(lowered.compile, compiler_options=options)
+            if store is not None:
+                store.save(job.name, job.details, program)
+            return program, seconds
+
+        return threads.submit(work)
+
+    def _jobs(self, params: Any, state: Any, init_kv: Callable[[], Any]) -> list[Job]:
+        """Everything to compile, the slowest first."""
         machine, dims = self.machine, self.machine.dims
         vector = jax.ShapeDtypeStruct((1, plan_size(dims)), jnp.int32)
         head = machine.model.head(params)
-        jobs: list[Any] = [
-            ("edit", self._set("edit"), _edit(machine), (state.slots, state.pages, vector), (0, 1)),
-            ("empty", self._set("empty"), lambda: new_state(machine, init_kv), (), ()),
+        edited = (state.slots, state.pages, vector)
+        jobs = [
+            Job("edit", self._set("edit"), _edit(machine), edited, (0, 1)),
+            Job("empty", self._set("empty"), lambda: new_state(machine, init_kv), ()),
         ]
-        # One function a shape: jax traces it once, for its result's shape here and to compile it.
-        forwards = {shape: _forward(machine, *shape) for shape in self.shapes()}
         # The slowest first, so that they do not end up alone at the end.
         for rows, tokens in sorted(self.shapes(), reverse=True):
-            function = forwards[rows, tokens]
+            function = _forward(machine, rows, tokens)
             arguments = (params, state, vector) if tokens else (params, state)
             name = f"forward {rows} rows + {tokens} tokens"
-            jobs.append((name, self._put(self.forward, (rows, tokens)), function, arguments, (1,)))
+            place = self._put(self.forward, (rows, tokens))
+            jobs.append(Job(name, place, function, arguments, (1,), rows + tokens))
+        for rows in self.limits.several_rows:
+            for greedy in (True, False):
+                name = f"{'greedy' if greedy else 'plain'} steps of {rows} rows"
+                function = _several(machine, rows, self.limits.steps, greedy)
+                place = self._put(self.several, (rows, greedy))
+                static = (self.limits.steps,)
+                jobs.append(Job(name, place, function, (params, state), (1,), rows, static))
         for rows, tokens in self.shapes():
-            arguments = (params, state, vector) if tokens else (params, state)
-            passed = jax.eval_shape(forwards[rows, tokens], *arguments)[1]
+            passed = _passed(machine, params, rows, tokens)
             if tokens and tokens not in self.score:
                 hidden = passed.chunk_hidden
                 targets = jax.ShapeDtypeStruct((1, 2, tokens), jnp.int32)
                 named = jax.ShapeDtypeStruct((1, CHUNKS, MAX_LOGPROB_TOKEN_IDS), jnp.int32)
-                function = _score(machine, self._most_logprobs())
+                most = (self._most_logprobs(),)
+                function = _score(machine, *most)
                 place = self._put(self.score, tokens)
                 scored = (head, hidden, targets, named)
-                jobs.append((f"score {tokens} tokens", place, function, scored, ()))
+                jobs.append(
+                    Job(f"score {tokens} tokens", place, function, scored, (), tokens, most)
+                )
             elif not tokens:
                 jobs += self._sample_jobs(head, state.slots, passed, rows)
         return jobs
 
-    def _sample_jobs(self, head: Any, slots: Any, passed: Any, rows: int) -> list[Any]:
+    def _sample_jobs(self, head: Any, slots: Any, passed: Any, rows: int) -> list[Job]:
         """Sampling sees the same rows whether or not there were chunk tokens beside them."""
         machine = self.machine
         rows_only = replace(passed, chunk_hidden=None)
         mask = jax.ShapeDtypeStruct((1, rows, mask_words(machine.dims.vocab)), jnp.uint32)
         named = jax.ShapeDtypeStruct((1, rows, MAX_LOGPROB_TOKEN_IDS), jnp.int32)
-        rich = _rich(machine, self._most_logprobs())
+        most = (self._most_logprobs(),)
+        rich = _rich(machine, *most)
         plain = (head, slots, rows_only)
         return [
-            (f"greedy {rows} rows", self._put(self.greedy, rows), _greedy(machine), plain, (1,)),
-            (f"sample {rows} rows", self._put(self.sample, rows), _sample(machine), plain, (1,)),
-            (f"rich {rows} rows", self._put(self.rich, rows), rich, (*plain, mask, named), (1,)),
+            Job(
+                f"{name} {rows} rows", self._put(where, rows), function, arguments, (1,), rows, most
+            )
+            for name, where, function, arguments in (
+                ("greedy", self.greedy, _greedy(machine), plain),
+                ("sample", self.sample, _sample(machine), plain),
+                ("masked", self.masked, _masked(machine), (*plain, mask)),
+                ("rich", self.rich, rich, (*plain, mask, named)),
+            )
         ]
 
     def _most_logprobs(self) -> int:
@@ -153,15 +221,38 @@ class Programs:
             *self.forward.values(),
             *self.greedy.values(),
             *self.sample.values(),
+            *self.masked.values(),
             *self.rich.values(),
         ]
-        every += [*self.score.values()]
+        every += [*self.score.values(), *self.several.values()]
         sizes = [p.memory_analysis() for p in every if p is not None]
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
 
 
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    """Everything about a tree of abstract arrays that a program depends on."""
+    leaves, structure = jax.tree.flatten(tree)
+    return [(leaf.shape, str(leaf.dtype)) for leaf in leaves], str(structure)
+
+
+def _timed(work: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, float]:
+    began = time.perf_counter()
+    return work(*arguments, **named), time.perf_counter() - began
+
+
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _passed(machine: step.Machine, params: Any, rows: int, tokens: int) -> Any:
+    """What `forward` of this shape hands to sampling, abstract; asking jax for it would trace."""
+    width, dtype = machine.model.config.E, jax.tree.leaves(machine.model.head(params))[0].dtype
+    hidden, chunk_hidden = (
+        jax.ShapeDtypeStruct((1, count, width), dtype) for count in (rows, tokens)
+    )
+    live: Any = jax.ShapeDtypeStruct((1, rows), jnp.bool_)
+    passed: Any = step.Passed
+    return passed(hidden, chunk_hidden, live)
 
 
 def _edit(machine: step.Machine) -> Any:
@@ -196,6 +287,32 @@ def _sample(machine: step.Machine) -> Any:
         return as_shard((after, packed))
 
     return sample
+
+
+def _masked(machine: step.Machine) -> Any:
+    def masked(head: Any, slots: Any, passed: Any, mask: jax.Array) -> Any:
+        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed), mask[0])
+        return as_shard((after, packed))
+
+    return masked
+
+
+def _several(machine: step.Machine, rows: int, steps: int, greedy: bool) -> Any:
+    def several(params: Any, state: Any) -> Any:
+        """The state after, packed i32[steps, 4, R] and taken i32[steps, ...] of every step."""
+        head = machine.model.head(params)
+
+        def one(
+            state: EngineState, nothing: None
+        ) -> tuple[EngineState, tuple[jax.Array, jax.Array]]:
+            state, passed, taken = step.forward(machine, params, state, None, rows=rows, tokens=0)
+            slots, packed, _ = step.sample(machine, head, state.slots, passed, greedy=greedy)
+            return replace(state, slots=slots), (packed, taken)
+
+        after, (packed, taken) = jax.lax.scan(one, one_shard(state), length=steps)
+        return as_shard((after, packed, taken))
+
+    return several
 
 
 def _rich(machine: step.Machine, logprobs: int) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octavo.engine.config import EngineConfig
+from octavo.engine.grammar.checker import Checker
+from octavo.engine.grammar.vocabulary import Vocabulary
 from octavo.engine.messages import AddRequest, Ready
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.text.generation import RequestLimits, make_request
@@ -27,6 +29,10 @@ class Requests:
             vocab_size=ready.vocab_size,
             eos_token_ids=tuple(ready.eos_token_ids),
             max_logprobs=config.max_logprobs,
+        )
+        self.grammars = Checker(
+            lambda: Vocabulary.of(text.tokenizer, ready.vocab_size, ready.eos_token_ids),
+            config.grammar_time_limit,
         )
         self._handles = itertools.count(1)
         self._names = itertools.count()
@@ -60,6 +66,7 @@ class Requests:
             arrival=arrival,
             cache_salt=cache_salt,
             timeout=timeout,
+            grammar=self.grammars.check,
         )
         self.processor.add(name, handle, params.n, words, ids, params, arrival)
         return message

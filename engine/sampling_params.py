@@ -29,7 +29,7 @@ class ParameterError(ValueError):
 
     def __init__(self, parameter: str, problem: str) -> None:
         super().__init__(f"`{parameter}` {problem}")
-        self.parameter = parameter
+        self.parameter, self.problem = parameter, problem
 
 
 class RequestOutputKind(enum.IntEnum):

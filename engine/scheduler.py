@@ -16,6 +16,8 @@ from octavo.engine.sequence import Phase, Sequence
 
 # Finished rows are cleared lazily: an edit of their own is worth it only for many pages at once.
 LAZY_RETURNS = 256
+# Prompt tokens from which a step's time grows with them, and the fill that a bucket must have then.
+TRIM_FROM, TRIM_FILL = 512, 0.85
 
 
 def schedule(host: Host) -> Launch | None:
@@ -25,6 +27,7 @@ def schedule(host: Host) -> Launch | None:
     budget = host.limits.token_buckets[-1]
     budget -= _continue_prompts(host, chunks, budget)
     admit(host, draft, chunks, budget)
+    _trim(host, chunks)
     if not make_room(host, chunks):
         windows = _windows(host, draft, least=1)
         if draft.edits() or host.stopping or any(pool.returns for pool in host.pools):
@@ -65,6 +68,21 @@ def _continue_prompts(
         chunks.append((sequence, start, count, count == left))
         used += count
     return used
+
+
+def _trim(host: Host, chunks: list[tuple[Sequence, int, int, bool]]) -> None:
+    """Leave the end of the last prompt to the next step, where padding would cost more than it.
+
+    Large steps cost by their tokens, padding included; small ones cost the same whatever they hold.
+    """
+    buckets, tokens = host.limits.token_buckets, sum(count for _, _, count, _ in chunks)
+    below = max((b for b in buckets if b <= tokens), default=0)
+    excess = tokens - below
+    if below < TRIM_FROM or not excess or tokens > TRIM_FILL * bucket(buckets, tokens):
+        return
+    sequence, start, count, _ = chunks[-1]
+    if excess < count:
+        chunks[-1] = (sequence, start, count - excess, False)
 
 
 def make_room(host: Host, chunks: list[tuple[Sequence, int, int, bool]]) -> bool:
@@ -252,26 +270,27 @@ def _launch(
         stops=stops,
         windows=windows,
     )
-    live = [s for s in flight.sequences if s is not None] if special else []
+    asking = [s for s in flight.sequences if s is not None] if special else []
+    asking += finals
     launch = Launch(
         draft,
         flight,
         rows,
         token_bucket,
-        rich=special or any(s.wants_logprobs or s.masked for s in finals),
-        masked=any(s.masked for s in live) or any(s.masked for s in finals),
+        rich=any(s.wants_logprobs for s in asking),
+        masked=any(s.masked for s in asking),
         scored=any(s.wants_prompt_logprobs for s, _, _, _ in chunks),
         greedy=not bool((host.choosy[:rows] & decoding[:rows]).any())
         and not any(s.choosy for s in finals),
     )
     for pool in host.pools:
         pool.bound -= take
-    _advance(host, chunks, decoding)
+    advance(host, chunks, decoding)
     host.counters.steps += 1
     return launch
 
 
-def _advance(
+def advance(
     host: Host, chunks: list[tuple[Sequence, int, int, bool]], decoding: np.ndarray
 ) -> None:
     """The mirrors after this step is dispatched."""

@@ -5,6 +5,7 @@ from enum import Enum
 
 import numpy as np
 
+from octavo.engine.grammar.guide import Guide
 from octavo.engine.messages import AddRequest
 from octavo.engine.prefix import seed_hash
 from octavo.engine.state import STOP_IDS
@@ -13,6 +14,7 @@ from octavo.engine.state import STOP_IDS
 class Phase(Enum):
     """Where a sequence is."""
 
+    COMPILING = "compiling"  # its grammar is being built; not in the queue yet
     WAITING = "waiting"  # in the queue, in no slot
     RUNNING = "running"  # in a slot
     STOPPING = "stopping"  # aborted, its stop not harvested yet: tokens are dropped
@@ -44,6 +46,7 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)
     root: bytes = b""  # the name of the empty prefix
     deadline: float = 0.0
+    guide: Guide | None = None  # its place in its grammar, once that is compiled
 
     def __post_init__(self) -> None:
         self.prompt_scored = max(1, self.request.sampling.prompt_logprob_start or 0)
@@ -79,10 +82,16 @@ class Sequence:
         """Needs a mask from the host before it is sampled."""
         sampling = self.request.sampling
         return bool(
-            sampling.allowed_token_ids
+            self.request.grammar
+            or sampling.allowed_token_ids
             or self.request.bad_words
             or (sampling.min_tokens and len(self.stop_ids) > STOP_IDS)
         )
+
+    @property
+    def min_tokens(self) -> int:
+        """Tokens before which the device allows no end; beside a grammar the mask does that."""
+        return 0 if self.request.grammar else self.request.sampling.min_tokens
 
     @property
     def reads_cache(self) -> bool:

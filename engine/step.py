@@ -259,7 +259,7 @@ def sample(
     by_stop = live & jnp.any(token[:, None] == slots.stop_ids[:rows], axis=1)
     by_stop = by_stop & (generated + 1 >= slots.min_tokens[:rows])
     finished = by_stop | (live & (length + 1 >= slots.limit[:rows]))
-    slots = _advance(slots, token, live, finished)
+    slots = _advance(slots, token, live, finished, count=not greedy)
     flags = live * LIVE + finished * FINISHED + by_stop * BY_STOP
     packed = jnp.stack(
         [
@@ -295,8 +295,13 @@ def _choose(
     return sample_tokens(logits, controls, slots.seed[:rows], length, edits, logprobs=logprob)
 
 
-def _advance(slots: SlotState, token: jax.Array, live: jax.Array, finished: jax.Array) -> SlotState:
-    """Remember the sampled tokens; rows that were not live stay as they are."""
+def _advance(
+    slots: SlotState, token: jax.Array, live: jax.Array, finished: jax.Array, *, count: bool
+) -> SlotState:
+    """Remember the sampled tokens; rows that were not live stay as they are.
+
+    count: for penalties. A row in a greedy batch has none, now or later.
+    """
     rows = token.shape[0]
     row = jnp.arange(rows, dtype=jnp.int32)
     width = slots.history.shape[1]
@@ -305,7 +310,7 @@ def _advance(slots: SlotState, token: jax.Array, live: jax.Array, finished: jax.
     cell = jnp.where(live, row * width + at, trash)
     history = slots.history.reshape(-1).at[cell].set(token).reshape(slots.history.shape)
     counts = slots.counts
-    if counts.shape[1] > 1:
+    if count and counts.shape[1] > 1:
         counts = counts.at[:rows].set(count_generated(counts[:rows], token, live))
     last = jnp.where(live, token, slots.last[:rows, 0])
     return replace(

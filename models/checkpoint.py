@@ -58,7 +58,8 @@ def locate(
     """The folder or file on this machine that `name` means."""
     text = str(name)
     if text in builtin.MODELS:
-        return builtin.builtin_file(text)
+        file = builtin.builtin_file(text)
+        return file if file.suffix == ".gguf" else file.parent
     path = Path(text).expanduser()
     if path.exists():
         return path

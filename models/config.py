@@ -7,7 +7,7 @@ and with the architecture names that GGUF files use.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -32,6 +32,26 @@ FAMILY_OF = {
     "mixtral": "mixtral",
     "qwen3_moe": "qwen3_moe",
     "qwen3moe": "qwen3_moe",
+    # What only reads: embeddings, and scores for a text.
+    "LlamaModel": "llama",
+    "MistralModel": "llama",
+    "Qwen2Model": "qwen2",
+    "Qwen3Model": "qwen3",
+    "LlamaForSequenceClassification": "llama",
+    "Qwen2ForSequenceClassification": "qwen2",
+    "Qwen3ForSequenceClassification": "qwen3",
+    "BertModel": "bert",
+    "BertForMaskedLM": "bert",
+    "BertForSequenceClassification": "bert",
+    "RobertaModel": "bert",
+    "RobertaForMaskedLM": "bert",
+    "RobertaForSequenceClassification": "bert",
+    "XLMRobertaModel": "bert",
+    "XLMRobertaForMaskedLM": "bert",
+    "XLMRobertaForSequenceClassification": "bert",
+    "bert": "bert",
+    "roberta": "bert",
+    "xlm-roberta": "bert",
 }
 
 # What a family means by a key that its config.json leaves out.
@@ -45,6 +65,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"rms_norm_eps": 1e-6, "num_experts": 128, "num_experts_per_tok": 8}
     | {"moe_intermediate_size": 768},
     # The first multimodal checkpoints name only what differs from the smallest of them.
+    "bert": {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "type_vocab_size": 2}
+    | {"max_position_embeddings": 512, "pad_token_id": 0},
     "gemma3": {"rms_norm_eps": 1e-6, "vocab_size": 262_208, "num_attention_heads": 8}
     | {"num_key_value_heads": 4, "head_dim": 256, "rope_theta": 1e6, "sliding_window": 4096}
     | {"max_position_embeddings": 131_072, "tie_word_embeddings": True}
@@ -113,13 +135,29 @@ class ModelConfig:
     sparse: tuple[bool, ...] = ()  # per layer: experts instead of one feed-forward block
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    labels: int = 0  # numbers that a classifier gives for a text; 0: there is none
+    token_types: int = 0  # which of two texts a token is of: rows of that embedding
+    first_position: int = 0  # row of the position embedding that the first token takes
+
+    @property
+    def generates(self) -> bool:
+        """Whether the architecture says what comes next; one that does not only reads."""
+        reads = ("Model", "SequenceClassification", "MaskedLM")
+        return self.family != "bert" and not self.architecture.endswith(reads)
 
     @property
     def sizes(self) -> dict[str, int]:
         """The letters that weight shapes are written in (see tensors.py)."""
         group = self.H // self.K
         own = {"V": self.V, "E": self.E, "H": self.H, "K": self.K, "D": self.D, "F": self.F}
-        return own | {"X": self.X, "f": self.expert_F, "G": group, "J": group + 2}
+        own |= {"X": self.X, "f": self.expert_F, "G": group, "J": group + 2}
+        read = {
+            "e": self.E,
+            "C": self.labels,
+            "Y": self.token_types,
+            "P": self.max_len + self.first_position,
+        }
+        return own | read
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -128,7 +166,11 @@ class ModelConfig:
         _refuse_quantized(config)
         raw = {k: v for k, v in config.items() if v is not None}
         raw |= {k: v for k, v in (config.get("text_config") or {}).items() if v is not None}
-        return _parse(family, architecture, DEFAULTS[family] | raw)
+        raw = DEFAULTS[family] | raw
+        parsed = _parse(family, architecture, raw)
+        if family != "bert":
+            return parsed
+        return replace(parsed, **_encoder_fields(architecture, raw, parsed.max_len))
 
 
 def _family(config: Mapping[str, Any]) -> tuple[str, str]:
@@ -141,7 +183,8 @@ def _family(config: Mapping[str, Any]) -> tuple[str, str]:
             return family, name
         if name:
             break  # model_type alone says too little of an architecture we do not know
-    supported = ", ".join(n for n in FAMILY_OF if n.endswith("Generation") or n.endswith("LM"))
+    shown = ("Generation", "CausalLM", "BertModel", "RobertaModel")
+    supported = ", ".join(n for n in FAMILY_OF if n.endswith(shown))
     raise ModelConfigError(
         f"unknown model architecture {names[0] or '(none named)'!r}; supported are {supported}"
     )
@@ -198,11 +241,11 @@ def _parse(family: str, architecture: str, raw: Mapping[str, Any]) -> ModelConfi
         K=K,
         D=D,
         F=_number(raw, "intermediate_size", raw.get("moe_intermediate_size")),
-        eps=float(raw["rms_norm_eps"]),
+        eps=float(raw["layer_norm_eps" if family == "bert" else "rms_norm_eps"]),
         max_len=max_len,
         rope=rope,
         local_rope=local_rope,
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        tied=bool(raw.get("tie_word_embeddings", False)) or architecture.endswith("Model"),
         windows=_windows(family, architecture, raw, L),
         activation=_activation(raw),
         qkv_bias=bias or family == "qwen2",
@@ -214,8 +257,28 @@ def _parse(family: str, architecture: str, raw: Mapping[str, Any]) -> ModelConfi
         embed_scale=E**0.5 if gemma else 1.0,
         eos_ids=_ids(raw.get("eos_token_id")),
         bos_id=next(iter(_ids(raw.get("bos_token_id"))), None),
+        labels=_labels(architecture, raw),
         **_expert_fields(family, raw, L),
     )
+
+
+def _encoder_fields(architecture: str, raw: Mapping[str, Any], max_len: int) -> dict[str, Any]:
+    """Of encoders with learned positions; RoBERTa's begin after the padding token's id."""
+    kind = raw.get("position_embedding_type", "absolute")
+    if kind != "absolute" or raw.get("is_decoder"):
+        raise ModelConfigError(
+            f"config.json says position_embedding_type {kind!r} and is_decoder "
+            f"{bool(raw.get('is_decoder'))}; this family is supported with 'absolute' and False"
+        )
+    first = int(raw["pad_token_id"]) + 1 if "roberta" in architecture.lower() else 0
+    types = _number(raw, "type_vocab_size")
+    return {"max_len": max_len - first, "first_position": first, "token_types": types, "tied": True}
+
+
+def _labels(architecture: str, raw: Mapping[str, Any]) -> int:
+    if not architecture.endswith("SequenceClassification"):
+        return 0
+    return len(raw.get("id2label") or ()) or int(raw.get("num_labels", 2))
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -258,7 +321,7 @@ def _windows(family: str, architecture: str, raw: Mapping[str, Any], L: int) -> 
     window = raw.get("sliding_window") or 0
     if family.startswith("qwen") and not raw.get("use_sliding_window", False):
         window = 0
-    if architecture == "LlamaForCausalLM":
+    if architecture.startswith("Llama"):
         window = 0  # Llama has none, whatever its config.json carries along
     types = raw.get("layer_types")
     if types is None and family == "gemma3":

@@ -26,7 +26,7 @@ class Decoder:
     embed: jax.Array  # [V, E] rows are gathered; as a head it is as fast as [E, V]
     layers: tuple[Any, ...]  # one tree per layer
     norm: jax.Array  # [E]
-    head: jax.Array | None  # [V, E]; None: the embedding serves
+    head: jax.Array | None  # [V, E]; None: the embedding serves; of a classifier [C, E]
 
 
 @flax.struct.dataclass
@@ -136,7 +136,7 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
 
 
 def logits(config: ModelConfig, params: Decoder, hidden: jax.Array, ops: Ops) -> jax.Array:
-    """hidden [R, E] -> f32[R, V], accumulated in float32."""
+    """hidden [R, E] -> f32[R, V] (of a classifier f32[R, C]), accumulated in float32."""
     del ops  # the head is no Linear: it is the embedding, or lies as the embedding does
     head = params.embed if params.head is None else params.head
     out = jnp.einsum("re,ve->rv", hidden, head, preferred_element_type=jnp.float32)
@@ -186,5 +186,12 @@ def decoder_tensors(
         embed=tensors.tensor("V E", "model.embed_tokens.weight"),
         layers=tuple(layer(i, f"model.layers.{i}.") for i in range(config.L)),
         norm=tensors.tensor("E", "model.norm.weight", init=norm),
-        head=None if config.tied else tensors.tensor("V E", "lm_head.weight"),
+        head=_head(config),
     )
+
+
+def _head(config: ModelConfig) -> Any:
+    """What logits are made with: of the vocabulary, or of a classifier's labels."""
+    if config.labels:
+        return tensors.tensor("C E", "score.weight")
+    return None if config.tied else tensors.tensor("V E", "lm_head.weight")

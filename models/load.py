@@ -21,6 +21,14 @@ Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
 # Tensors of some checkpoints that a decoder does not need: buffers, and the parts that see.
 HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
 HARMLESS_BEGINNINGS = ("model.vision_tower.", "model.multi_modal_projector.")
+# An encoder's: what fills gaps in a text, buffers, and the pooler where no classifier reads it.
+BERT_EXTRAS = (
+    "cls.",
+    "lm_head.",
+    "pooler.",
+    "embeddings.position_ids",
+    "embeddings.token_type_ids",
+)
 
 
 class LoadError(ValueError):
@@ -65,13 +73,20 @@ def load_params(
     return jax.tree.map(leaf, model.tensors)
 
 
+# The beginnings of names in checkpoints of a model alone, saved without what was around it.
+BARE = ("vision_tower.", "multi_modal_projector.", "layers.", "embed_tokens.", "norm.")
+
+
 def canonical_name(name: str) -> str:
-    """The name without the prefix that a multimodal checkpoint puts before its text model."""
+    """The name as in the family's tables, whatever stood around the model when it was saved."""
     if name.startswith("model.language_model."):
         return "model." + name.removeprefix("model.language_model.")
     name = name.removeprefix("language_model.")
-    if name.startswith(("vision_tower.", "multi_modal_projector.")):
+    if name.startswith(BARE):
         return "model." + name
+    name = name.removeprefix("bert.").removeprefix("roberta.")
+    if name.endswith(("LayerNorm.gamma", "LayerNorm.beta")):  # the first of all BERTs
+        return name.replace(".gamma", ".weight").replace(".beta", ".bias")
     return name
 
 
@@ -80,10 +95,11 @@ def check_names(model: Model, names: Iterable[str]) -> None:
     have = set(names)
     want = {piece.name for t in jax.tree.leaves(model.tensors) for piece in t.pieces}
     harmless = {"lm_head.weight"} if model.config.tied else set()
+    extras = BERT_EXTRAS if model.config.family == "bert" else HARMLESS_BEGINNINGS
     left = {
         name
         for name in have - want - harmless
-        if not name.endswith(HARMLESS_ENDINGS) and not name.startswith(HARMLESS_BEGINNINGS)
+        if not name.endswith(HARMLESS_ENDINGS) and not name.startswith(extras)
     }
     if missing := want - have:
         also = f", and it has {_some(left)} that the model does not know" if left else ""

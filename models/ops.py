@@ -35,6 +35,7 @@ class AttentionSpec:
     layer: LayerSpec
     scale: float  # multiplies q.k before the softmax
     softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0 is off
+    causal: bool = True  # False: a token sees those after it too (encoders, never with a cache)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def attend(
     if spec.softcap:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     at = jnp.arange(keys.shape[0])
-    seen = at <= positions[:, None]  # [N, S]
+    seen = (at <= positions[:, None]) | (not spec.causal)  # [N, S]
     if spec.layer.window:
         seen &= at > positions[:, None] - spec.layer.window
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from octavo.models import gemma3, layers, llama, mixtral, phi3, qwen2, qwen3, qwen3_moe
+from octavo.models import bert, gemma3, layers, llama, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from octavo.models.config import ModelConfig
 from octavo.models.layers import Decoder, Fixed
 from octavo.models.ops import LayerSpec
@@ -21,8 +21,9 @@ from octavo.models.tensors import Tensor, shape
 
 @dataclass(frozen=True)
 class Family:
-    tensors: Callable[[ModelConfig], Decoder]  # the parameter tree with Tensors for arrays
+    tensors: Callable[[ModelConfig], Any]  # the parameter tree with Tensors for arrays
     forward: Callable[..., tuple[jax.Array, Any]]
+    logits: Callable[..., jax.Array] = layers.logits
 
 
 FAMILIES = {
@@ -33,6 +34,7 @@ FAMILIES = {
     "phi3": Family(phi3.tensors, phi3.forward),
     "mixtral": Family(mixtral.tensors, mixtral.forward),
     "qwen3_moe": Family(qwen3_moe.tensors, qwen3_moe.forward),
+    "bert": Family(bert.tensors, bert.forward, bert.logits),
 }
 
 
@@ -43,18 +45,19 @@ class Model:
     config: ModelConfig
     max_model_len: int
     forward: Callable[..., tuple[jax.Array, Any]]
-    # forward(params, tokens i32[N], positions i32[N], cache, ops) -> (hidden [N, E], cache)
+    # forward(params, tokens i32[N], positions i32[N], cache, ops) -> (hidden [N, E], cache);
+    # where config.token_types is set, `types` i32[N] may follow
     logits: Callable[..., jax.Array]  # logits(params, hidden [R, E], ops) -> f32[R, V]
     layer_specs: tuple[LayerSpec, ...]  # one per layer
     attention: tuple[int, int, int]  # H, K, D
     period: int  # layers i and i + period have the same specs and the same parameter tree
-    tensors: Decoder  # the parameter tree with a Tensor for every array
+    tensors: Any  # the parameter tree with a Tensor for every array
 
     def head(self, params: Any) -> Any:
         """The part of the parameters that `logits` reads."""
         return replace(params, layers=()) if isinstance(params, Decoder) else params
 
-    def abstract_params(self, dtype: Any) -> Decoder:
+    def abstract_params(self, dtype: Any) -> Any:
         """The parameter tree with a ShapeDtypeStruct for every array."""
         sizes = self.config.sizes
 
@@ -80,7 +83,7 @@ def build(config: ModelConfig, max_model_len: int) -> Model:
         config=config,
         max_model_len=max_model_len,
         forward=partial(family.forward, fixed),
-        logits=partial(layers.logits, config),
+        logits=partial(family.logits, config),
         layer_specs=specs,
         attention=(config.H, config.K, config.D),
         period=_period(specs, tree.layers),

@@ -6,6 +6,7 @@ weights, abstract shapes and, by its axes, sharding.
 Axes are words of letters, one word per dimension: "E K J D" is four dimensions, "HD E" two. A digit
 is itself. The letters (ModelConfig.sizes): V E H K D F X as everywhere, f the width of one expert,
 G = H/K query heads per key-value head, J = G + 2: a key-value head's queries, its key, its value.
+Of encoders and classifiers: P positions, Y token types, C labels, e a second E.
 """
 
 import math

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from octavo.engine.async_llm import AsyncLLM
     from octavo.engine.config import EngineConfig
     from octavo.engine.llm import LLM
-    from octavo.engine.sampling_params import SamplingParams
+    from octavo.engine.sampling_params import SamplingParams, StructuredOutputsParams
     from octavo.engine.text.outputs import CompletionOutput, RequestOutput
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ _HOMES = {
     "LLM": "octavo.engine.llm",
     "RequestOutput": "octavo.engine.text.outputs",
     "SamplingParams": "octavo.engine.sampling_params",
+    "StructuredOutputsParams": "octavo.engine.sampling_params",
 }
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "EngineConfig",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 

@@ -1,7 +1,5 @@
 """The Starlette application: which route is whose, who may ask, and how an error becomes a body."""
 
-import hashlib
-import hmac
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,42 +12,16 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo.server.frontend import Frontend
+from octavo.server.keys import ApiKeys, needs_key
+from octavo.server.observe import Observed, log_line
 from octavo.server.openapi import document, page
 from octavo.server.protocol.errors import ApiError
-from octavo.server.respond import error_response, unauthorized
+from octavo.server.respond import error_response
 from octavo.server.routes.table import ENDPOINTS
 
-GUARDED = "/v1"
 logger = logging.getLogger("octavo.server")
-
-
-class ApiKeys:
-    """Lets nobody past /v1 without one of the keys; compares in constant time."""
-
-    def __init__(self, app: ASGIApp, keys: list[str]) -> None:
-        self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and scope["path"].startswith(GUARDED)
-        if guarded and scope["method"] != "OPTIONS" and not self._knows(scope):
-            await unauthorized()(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _knows(self, scope: Scope) -> bool:
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = header.partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        digest = hashlib.sha256(key).digest()
-        known = False
-        for own in self._digests:  # all of them, always: time says nothing about which
-            known |= hmac.compare_digest(digest, own)
-        return known
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
@@ -88,19 +60,24 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         frontend.client.start()
+        frontend.siblings.start()
         if on_start is not None:
             on_start()
         yield
+        frontend.siblings.stop()
+        frontend.template_room.close()
         await frontend.client.close()
+        frontend.grammars.close()
 
     routes = [endpoint.route() for endpoint in ENDPOINTS]
     settings = frontend.settings
-    middleware = []
+    tell = [log_line()] if settings.enable_log_requests else []
+    middleware = [Middleware(Observed, figures=frontend.client.figures, tell=tell)]
     if settings.cors_origin:
         cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.append(Middleware(CORSMiddleware, allow_origins=settings.cors_origin, **cors))
     if settings.api_key:
-        middleware.append(Middleware(ApiKeys, keys=settings.api_key))
+        middleware.append(Middleware(ApiKeys, settings=settings))
     handlers: dict[Any, Any] = {
         ApiError: _api_error,
         HTTPException: _http_error,
@@ -111,6 +88,6 @@ def create_app(
         routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan
     )
     app.state.frontend = frontend
-    described = document(ENDPOINTS, keyed=bool(settings.api_key))
+    described = document(ENDPOINTS, lambda path: needs_key(settings, path))
     app.state.openapi, app.state.docs = msgspec.json.encode(described), page(described)
     return app

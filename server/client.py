@@ -9,94 +9,40 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import msgspec
 import zmq
 
-from octavo.engine.messages import Abort, AddRequest, Dead, FromEngine, Output, Ready, Stats
+from octavo.engine.messages import (
+    Abort,
+    AddRequest,
+    Dead,
+    FromEngine,
+    Output,
+    Ready,
+    Stats,
+    ToEngine,
+)
 from octavo.engine.process import (
     HANDLE_MASK,
     client_identity,
     outputs_endpoint,
     requests_endpoint,
 )
-from octavo.engine.text.outputs import RequestOutput
 from octavo.engine.text.processor import OutputProcessor
-from octavo.server.metrics import Metrics
+from octavo.server.encodings import Encodings
+from octavo.server.figures import Figures
+from octavo.server.generation import Generation as Generation
 from octavo.server.protocol.errors import ApiError, unavailable
 
 HUNG_AFTER = 30.0  # seconds without a word from a ready engine
 TURN = 0.002  # seconds of outputs taken in before the streams may send
 START_WAIT = 5.0  # seconds that a request may wait for the engine: API processes differ by one
 WATCH = 0.25  # seconds between two looks at the engine's pulse
+LATE = 0.5  # seconds after its time limit at which a request is given up on without the engine
 RETRY_AFTER = 1  # seconds: a queue of thousands moves within one
 logger = logging.getLogger("octavo.server")
-
-
-class Generation:
-    """The outputs of one request, as they come. Iterate it once, and `cancel` it when done."""
-
-    def __init__(self, client: "EngineClient", request: AddRequest) -> None:
-        self.request_id = request.request_id
-        self.handles = range(request.handle, request.handle + request.sampling.n)
-        self.arrival = request.arrival
-        self._client = client
-        self._left = len(self.handles)  # sequences that have not ended
-        self._pending: list[RequestOutput] = []
-        self._error: ApiError | None = None
-        self._wake: asyncio.Future[None] | None = None
-        self._last: dict[int, float] = {}  # when each choice got its last token
-
-    async def __aiter__(self) -> AsyncIterator[list[RequestOutput]]:
-        """What has come since the last look: one item when the reader keeps up, more when not."""
-        while True:
-            if self._pending:
-                batch, self._pending = self._pending, []
-                yield batch
-            elif self._error is not None:
-                raise self._error
-            elif self._left == 0:
-                return
-            else:
-                self._wake = asyncio.get_running_loop().create_future()
-                await self._wake
-
-    def cancel(self) -> None:
-        """Nobody wants the rest; does nothing once all has ended."""
-        if self._left and self._error is None:
-            self._client.abort(self)
-
-    def put(self, output: RequestOutput, now: float, metrics: Metrics) -> None:
-        """One more output; called by the client's reader."""
-        if output.error:
-            metrics.finished["error"] += self._left
-            self.fail(ApiError(output.status, output.error))
-            return
-        for choice in output.outputs:
-            tokens = len(choice.token_ids)
-            last = self._last.get(choice.index)
-            if tokens and last is None:
-                metrics.first_token.observe(now - self.arrival)
-            elif tokens and last is not None:
-                metrics.between_tokens.observe((now - last) / tokens, tokens)
-            self._last[choice.index] = now
-            if choice.finish_reason is not None:
-                self._left -= 1
-                metrics.finished[choice.finish_reason] += 1
-        if self._left == 0:
-            metrics.whole.observe(now - self.arrival)
-        self._pending.append(output)
-        self._notify()
-
-    def fail(self, error: ApiError) -> None:
-        """End with an error, after what is already here."""
-        self._error = self._error or error
-        self._notify()
-
-    def _notify(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
 
 
 class EngineClient:
@@ -111,7 +57,6 @@ class EngineClient:
         ended: Callable[[], str | None] = lambda: None,
         max_queued: int = 16384,
         hung_after: float = HUNG_AFTER,
-        model_name: str = "",
     ) -> None:
         """`ended` says how the engine's process ended, None while it lives."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -124,12 +69,15 @@ class EngineClient:
         self._max_queued, self._hung_after = max_queued, hung_after
         self._alive: dict[str, Generation] = {}  # by the request's id
         self._used: set[int] = set()  # the handles of what is alive
-        self._queued: set[int] = set()  # the first handles of requests without a slot
+        self.encodings = Encodings(self, max_queued)
+        self._queued: dict[int, Generation] = {}  # without a slot, by their first handles
+        self._deadlines: dict[str, float] = {}  # when to give up, by the request's id
         self._next_handle = 0
         self._heard = time.monotonic()
         self._watch: asyncio.Task[None] | None = None
         self.stats = Stats()
-        self.metrics = Metrics(model_name, lambda: self.stats)
+        self.folder, self.number = address.removeprefix("ipc://"), client
+        self.figures = Figures()
         self.ready: Ready | None = None
         self.last_words: str | None = None
         self.settled = asyncio.Event()  # ready or dead
@@ -164,7 +112,7 @@ class EngineClient:
     @property
     def open_requests(self) -> int:
         """Requests that have not ended."""
-        return len(self._alive)
+        return len(self._alive) + len(self.encodings)
 
     def trouble(self) -> str | None:
         """Why the engine cannot be used, in a sentence; None when it can."""
@@ -188,9 +136,10 @@ class EngineClient:
         """ApiError 503 when the engine cannot be used or too many requests wait already."""
         trouble = self.trouble()
         if trouble is not None:
+            self.figures.refused[("engine_unavailable",)] += 1
             raise unavailable(trouble, None if self.last_words else RETRY_AFTER)
         if len(self._queued) >= self._max_queued:
-            self.metrics.refused["queue_full"] += 1
+            self.figures.refused[("queue_full",)] += 1
             raise unavailable(
                 f"{len(self._queued)} requests wait already, the limit of --max-num-queued-reqs: "
                 "try again later",
@@ -207,17 +156,32 @@ class EngineClient:
             if self._used.isdisjoint(range(first, first + n)):
                 return first
 
+    def reserve(self, n: int) -> range:
+        """`n` handles in a row, until they are released."""
+        first = self.new_handle(n)
+        self._used.update(range(first, first + n))
+        return range(first, first + n)
+
+    def release(self, handles: range) -> None:
+        """These handles may be used again."""
+        self._used.difference_update(handles)
+
+    def send(self, message: ToEngine) -> None:
+        """To the engine, without waiting."""
+        self._requests.send(self._encode(message), zmq.NOBLOCK)
+
     def submit(self, request: AddRequest, prompt: list[int]) -> Generation:
         """Send a request whose handle comes from `new_handle`."""
-        generation = Generation(self, request)
+        generation = Generation(request, self.figures, self.abort)
         sampling = request.sampling
         self._processor.add(
             request.request_id, request.handle, sampling.n, None, prompt, sampling, request.arrival
         )
         self._alive[request.request_id] = generation
         self._used.update(generation.handles)
-        self._queued.add(request.handle)
-        self.metrics.prompt_tokens.observe(len(prompt))
+        self._queued[request.handle] = generation
+        if request.timeout:
+            self._deadlines[generation.request_id] = request.arrival + request.timeout + LATE
         self._requests.send(self._encode(request), zmq.NOBLOCK)
         return generation
 
@@ -227,7 +191,8 @@ class EngineClient:
             return
         self._forget(generation)
         handles = self._processor.abort(generation.request_id)
-        self.metrics.finished["abort"] += len(handles)
+        self.figures.finished[("abort",)] += len(handles)
+        generation.reasons += ["abort"] * bool(handles)
         if handles and self.last_words is None:
             self._requests.send(self._encode(Abort(handles)), zmq.NOBLOCK)
 
@@ -236,11 +201,13 @@ class EngineClient:
         for generation in tuple(self._alive.values()):
             generation.fail(error)
             self.abort(generation)
+        self.encodings.fail_all(error)
 
     def _forget(self, generation: Generation) -> None:
         del self._alive[generation.request_id]
         self._used.difference_update(generation.handles)
-        self._queued.discard(generation.handles[0])
+        self._queued.pop(generation.handles[0], None)
+        self._deadlines.pop(generation.request_id, None)
 
     def _read(self) -> None:
         # The descriptor signals edges: everything must be read, or the next signal never comes. The
@@ -272,13 +239,15 @@ class EngineClient:
             self.stats = output.stats
         for start in output.starts:
             if start.handle in self._queued:
-                self._queued.remove(start.handle)
-                self.metrics.queued.observe(start.queued)
+                self._queued.pop(start.handle).queued = start.queued
+                self.figures.queued.observe(start.queued)
+        if output.encoded or output.finished:
+            self.encodings.take(output)
         results, surplus = self._processor.process(output, self._heard)
         for result in results:
             generation = self._alive.get(result.request_id)
             if generation is not None:
-                generation.put(result, self._heard, self.metrics)
+                generation.put(result, self._heard)
                 if result.error:
                     self.abort(generation)  # the other choices of the same request
                 elif result.finished:
@@ -290,10 +259,24 @@ class EngineClient:
         while self.last_words is None:
             await asyncio.sleep(WATCH)
             self._read()
+            self._end_late()
             ended = self._ended()
             if ended is not None:
                 self._read()
                 self._die(ended)
+
+    def _end_late(self) -> None:
+        """Give up what an engine that hangs did not end in time."""
+        now = time.monotonic()
+        for name in [name for name, due in self._deadlines.items() if now > due]:
+            generation = self._alive[name]
+            generation.fail(
+                ApiError(
+                    408,
+                    f"the request ran into its own time limit of {generation.timeout:g} s",
+                )
+            )
+            self.abort(generation)
 
     def _die(self, last_words: str) -> None:
         if self.last_words is None:

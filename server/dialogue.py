@@ -49,4 +49,5 @@ async def begin(frontend: Frontend, body: ChatCompletionRequest, request_id: str
         max_tokens=body.most_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
+    await frontend.check_form(sampling, body.form_field)
     return Turn(body, prompt, frontend.submit(prompt, sampling, body, request_id))

@@ -4,25 +4,35 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from octavo.engine.config import EngineConfig
+from octavo.engine.grammar.checker import Checker
+from octavo.engine.grammar.vocabulary import Vocabulary
 from octavo.engine.sampling_params import ParameterError, SamplingParams
 from octavo.engine.text.generation import RequestLimits, make_request
 from octavo.engine.text.opened import ModelText
 from octavo.engine.text.template import TemplateError
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.server.client import EngineClient, Generation
+from octavo.server.metrics import Metrics
+from octavo.server.observe import current
+from octavo.server.pooling import Pooling
 from octavo.server.protocol.chat import ChatCompletionRequest
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.protocol.errors import ApiError, bad_request, unavailable
+from octavo.server.protocol.pooling import ReadingRequest
 from octavo.server.protocol.sampling import GenerationRequest
+from octavo.server.protocol.structured import form_error
 from octavo.server.settings import ServerSettings
+from octavo.server.siblings import Siblings
+from octavo.server.templates import RenderOrder, TemplateRoom
 
+LONGEST_TIMEOUT = 864_000  # seconds
 LONG_TEXT = 8192  # characters; beyond, a thread tokenizes, so that the streams of others go on
 _ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
 T = TypeVar("T")
@@ -44,7 +54,9 @@ class RequestId:
     created: int  # seconds since 1970
 
     @classmethod
-    def of(cls, request: Request, body: GenerationRequest, kind: str) -> "RequestId":
+    def of(
+        cls, request: Request, body: GenerationRequest | ReadingRequest, kind: str
+    ) -> "RequestId":
         """`kind`-name, the name from the body, the X-Request-Id header or chance."""
         if body.request_id is not None and not _ID.fullmatch(body.request_id):
             raise bad_request(
@@ -68,13 +80,35 @@ class Frontend:
         self.started = int(time.time())
         self.generation_config = text.generation_config
         self.chats = text.template is not None
+        self.template_room = TemplateRoom(settings.chat_template_timeout)
+        self.siblings = Siblings(
+            client.figures,
+            client.folder,
+            client.number,
+            settings.api_server_count,
+            lambda: client.open_requests,
+        )
+        self.metrics = Metrics(
+            self.names[0],
+            stats=lambda: client.stats,
+            ready=lambda: client.ready,
+            snapshots=self.siblings.everybody,
+            config=config,
+        )
+        self.pooling = Pooling(text, client)
         self._text = text
+        self.grammars = Checker(self._vocabulary, config.grammar_time_limit)
 
     @property
     def _tokenizer(self) -> Tokenizer:
         if self._text.tokenizer is None:
             raise bad_request(f"text cannot be read, send token ids: {self._text.no_template}")
         return self._text.tokenizer
+
+    def _vocabulary(self) -> Vocabulary:
+        ready = self.client.ready
+        assert ready is not None, "nobody asks for a form before the engine is ready"
+        return Vocabulary.of(self._text.tokenizer, ready.vocab_size, ready.eos_token_ids)
 
     def check_model(self, name: str | None) -> None:
         """ApiError 404 for a model that is not served here; no name means the only one."""
@@ -112,8 +146,9 @@ class Frontend:
 
     async def chat_prompt(self, body: ChatCompletionRequest) -> Prompt:
         """The conversation rendered with the model's template, and tokenized."""
+        self._must_generate()
         template = self._text.template
-        if template is None:
+        if template is None and body.chat_template is None:
             raise bad_request(self._text.no_template, "messages")
         messages = body.conversation()
         variables = dict(body.chat_template_kwargs or {})
@@ -123,23 +158,43 @@ class Frontend:
         if wants_answer is None:
             wants_answer = not body.continue_final_message
         try:
-            text = await _away(
-                sum(len(message["content"]) for message in messages),
-                lambda: template.render(
-                    messages,
-                    documents=body.documents,
-                    add_generation_prompt=wants_answer,
-                    continue_final_message=bool(body.continue_final_message),
-                    **variables,
-                ),
-            )
+            if body.chat_template is not None:
+                variables |= {"documents": body.documents, "add_generation_prompt": wants_answer}
+                variables["continue_final_message"] = bool(body.continue_final_message)
+                text = await self._render_given(body.chat_template, messages, variables)
+            else:
+                assert template is not None
+                text = await _away(
+                    sum(len(message["content"]) for message in messages),
+                    lambda: template.render(
+                        messages,
+                        documents=body.documents,
+                        add_generation_prompt=wants_answer,
+                        continue_final_message=bool(body.continue_final_message),
+                        **variables,
+                    ),
+                )
         except (TemplateError, TypeError) as error:
             raise bad_request(str(error), "messages") from None
         tokens = await self.encode(text, bool(body.add_special_tokens))
         return Prompt(self._truncated(tokens, body), text)
 
+    async def _render_given(
+        self, source: str, messages: list[dict[str, Any]], arguments: dict[str, Any]
+    ) -> str:
+        """With the template of the request, where the user lets requests bring one."""
+        if not self.settings.trust_request_chat_template:
+            raise bad_request(
+                "`chat_template` in a request is not allowed by this server: leave it out, or "
+                "start it with --trust-request-chat-template",
+                "chat_template",
+            )
+        tokens = dict(self._tokenizer.special_tokens)
+        return await self.template_room.render(RenderOrder(source, tokens, messages, arguments))
+
     async def completion_prompt(self, prompt: str | list[int], body: CompletionRequest) -> Prompt:
         """A prompt of /v1/completions, as token ids."""
+        self._must_generate()
         if isinstance(prompt, list):
             for token in prompt:
                 self._check_token(token, "prompt")
@@ -148,10 +203,30 @@ class Frontend:
         tokens = await self.encode(prompt, add)
         return Prompt(self._truncated(tokens, body), prompt)
 
+    async def check_form(self, sampling: SamplingParams, field: str = "structured_outputs") -> None:
+        """Compile the form that the text shall have, while others are served.
+
+        Call it before `submit`, which otherwise compiles and holds up everybody. ApiError 400 for
+        one that is wrong or too slow, in the words of `field`.
+        """
+        if sampling.structured_outputs is not None:
+            try:
+                await self.grammars.acheck(sampling.structured_outputs)
+            except ParameterError as error:
+                raise form_error(error, field) from None
+
     def submit(
-        self, prompt: Prompt, sampling: SamplingParams, body: GenerationRequest, request_id: str
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        body: GenerationRequest,
+        request_id: str,
+        mask_after: Sequence[int] = (),
     ) -> Generation:
-        """Send it to the engine. ApiError 400 names what cannot be served, 503 says to wait."""
+        """Send it to the engine. ApiError 400 names what cannot be served, 503 says to wait.
+
+        The form of the text, where one is asked for, begins behind the tokens `mask_after`.
+        """
         self.client.check_room()
         ready = self.client.ready
         assert ready is not None, "check_room lets nobody past before the engine is ready"
@@ -172,10 +247,42 @@ class Frontend:
                 priority=body.priority or 0,
                 arrival=time.monotonic(),
                 cache_salt=body.cache_salt or "",
+                grammar=self.grammars.check,
+                mask_after=mask_after,
+                timeout=self._timeout(body),
             )
         except ParameterError as error:
             raise bad_request(str(error), error.parameter) from None
-        return self.client.submit(request, prompt.token_ids)
+        generation = self.client.submit(request, prompt.token_ids)
+        record = current()
+        if record is not None:
+            record.id = record.id or request_id
+            record.generations.append(generation)
+        return generation
+
+    def _timeout(self, body: GenerationRequest) -> float:
+        """Seconds that the request may take; 0 is no limit."""
+        if body.timeout is None:
+            return self.settings.request_timeout
+        if not 0 < body.timeout <= LONGEST_TIMEOUT:
+            raise bad_request(
+                f"`timeout` must be above 0 and at most {LONGEST_TIMEOUT:,} seconds, "
+                f"got {body.timeout:g}",
+                "timeout",
+            )
+        return body.timeout
+
+    def _must_generate(self) -> None:
+        """ApiError 400 where the engine only reads."""
+        ready = self.client.ready
+        if ready is not None and ready.pooler is not None:
+            gives = "embeddings" if ready.pooler.task == "embed" else "scores"
+            path = "/v1/embeddings" if ready.pooler.task == "embed" else "/v1/score"
+            raise bad_request(
+                f"the model `{self.names[0]}` gives {gives} and generates no text: ask {path}, or "
+                "serve a model that generates",
+                "model",
+            )
 
     def _truncated(self, token_ids: list[int], body: GenerationRequest) -> list[int]:
         """The last `truncate_prompt_tokens`; -1 is as many as the context takes."""

@@ -19,6 +19,8 @@ from octavo.server.client import EngineClient
 from octavo.server.frontend import Frontend
 from octavo.server.protocol.errors import unavailable
 from octavo.server.settings import ServerSettings
+from octavo.server.tls import tls_context
+from octavo.server.wire import WireLimits, protocol_within
 
 BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must not be refused
 WANTED_FILES = 65_536  # tens of thousands of requests may wait, each on its connection
@@ -67,15 +69,21 @@ class HttpServer(uvicorn.Server):
         self._on_ready = on_ready
         self._settling: asyncio.Task[None] | None = None
         self.failed_start = False
+        settings = frontend.settings
+        tls = tls_context(settings)
         super().__init__(
             uvicorn.Config(
                 create_app(frontend, on_start=self._on_start),
+                http=protocol_within(_limits(settings)),
+                loop="uvloop",
+                ws="none",
+                ssl_context_factory=(lambda *_: tls) if tls is not None else None,
                 access_log=False,
                 log_level="error",
                 lifespan="on",
                 backlog=BACKLOG,
                 server_header=False,
-                timeout_keep_alive=75,
+                timeout_keep_alive=settings.keep_alive_timeout,
                 timeout_graceful_shutdown=int(self._timeout + GRACE) + 1,
                 # No proxy stands between a probe and us unless the user says so.
                 proxy_headers=False,
@@ -118,6 +126,16 @@ class HttpServer(uvicorn.Server):
 
     def _end_streams(self) -> None:
         self._client.fail_all(unavailable("the server is shutting down"))
+
+
+def _limits(settings: ServerSettings) -> WireLimits:
+    return WireLimits(
+        header_bytes=settings.max_header_bytes,
+        header_count=settings.max_header_count,
+        header_timeout=settings.header_timeout,
+        body_timeout=settings.body_timeout,
+        write_timeout=settings.write_timeout,
+    )
 
 
 def serve_http(

@@ -1,78 +1,41 @@
 """What /metrics says: the names of vLLM, so that its dashboards work, and a few of our own.
 
-Totals and gauges come from the engine's last Stats; what only the front end sees (latencies, finish
-reasons) is counted here. Nothing is computed until somebody asks.
+Totals and gauges of the engine come from its last Stats; what only the front end sees (latencies,
+finish reasons) is counted in Figures. Nothing is computed until somebody asks.
 """
 
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from octavo.engine.messages import Stats
+from octavo.engine.config import EngineConfig
+from octavo.engine.messages import ITERATION_TOKENS, Ready, Stats
+from octavo.server.figures import HISTOGRAMS, Figures, Snapshot
 
 LABELS = ("model_name", "engine")
-FINISH_REASONS = ("stop", "length", "abort", "error")
-SECONDS_TO_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0,
-                    7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)  # fmt: skip
-SECONDS_BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4,
-                   0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)  # fmt: skip
-SECONDS_OF_REQUEST = (0.01, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0,
-                      40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)  # fmt: skip
-TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
-
-
-class Histogram:
-    """Counts per bucket; observing is one bisection, cheap enough for every token."""
-
-    def __init__(self, name: str, help: str, bounds: tuple[float, ...]) -> None:
-        self.name, self.help, self._bounds = name, help, bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def family(self, labels: tuple[str, ...]) -> Metric:
-        total, buckets = 0, []
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((bound, total))
-        family = HistogramMetricFamily(self.name, self.help, labels=LABELS)
-        family.add_metric(labels, buckets, self._sum)
-        return family
+FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
+REFUSALS = ("queue_full", "engine_unavailable")
+Row = tuple[str, str, float]
 
 
 class Metrics:
-    """Counts what the front end sees and shows it beside the engine's own numbers."""
+    """The exposition of one server, whichever of its processes is asked."""
 
-    def __init__(self, model_name: str, stats: Callable[[], Stats]) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        stats: Callable[[], Stats],
+        ready: Callable[[], Ready | None],
+        snapshots: Callable[[], list[Snapshot]],
+        config: EngineConfig,
+    ) -> None:
         self._labels = (model_name, "0")
-        self._stats = stats
-        self.finished: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
-        self.first_token = Histogram(
-            "vllm:time_to_first_token_seconds", "From arrival to the first token", SECONDS_TO_FIRST
-        )
-        self.between_tokens = Histogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens of a sequence", SECONDS_BETWEEN
-        )
-        self.whole = Histogram(
-            "vllm:e2e_request_latency_seconds", "From arrival to the end", SECONDS_OF_REQUEST
-        )
-        self.queued = Histogram(
-            "vllm:request_queue_time_seconds", "From arrival to a slot", SECONDS_OF_REQUEST
-        )
-        self.prompt_tokens = Histogram(
-            "vllm:request_prompt_tokens", "Prompt tokens of a request", TOKENS
-        )
-        self.generation_tokens = Histogram(
-            "vllm:request_generation_tokens", "Generated tokens of a request", TOKENS
-        )
+        self._stats, self._ready, self._snapshots = stats, ready, snapshots
+        self._config = config
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -80,49 +43,105 @@ class Metrics:
         """The exposition format, version 0.0.4."""
         return generate_latest(self._registry)
 
+    def load(self) -> int:
+        """Generations under way in the whole server."""
+        return sum(snapshot.open_requests for snapshot in self._snapshots())
+
     def collect(self) -> Iterator[Metric]:
         """Called by prometheus_client for every scrape."""
-        stats = self._stats()
-        yield from self._gauges(stats)
-        yield from self._totals(stats)
-        success = CounterMetricFamily(
-            "vllm:request_success", "Requests that ended", labels=(*LABELS, "finished_reason")
+        stats, snapshots = self._stats(), self._snapshots()
+        figures = Figures()
+        for snapshot in snapshots:
+            figures.add(snapshot)
+        yield from self._engine_gauges(stats)
+        yield from self._engine_totals(stats)
+        yield from self._frontend_totals(figures)
+        yield from self._processes(stats, snapshots)
+        yield self._cache_info(stats)
+        yield self._histogram(
+            "vllm:iteration_tokens_total",
+            "Tokens of a step: prompt and generated",
+            (*ITERATION_TOKENS,),
+            stats.iterations or [0] * (len(ITERATION_TOKENS) + 1),
+            stats.iteration_tokens,
         )
-        for reason in sorted({*FINISH_REASONS, *self.finished}):
-            success.add_metric((*self._labels, reason), self.finished[reason])
-        yield success
-        refusals = CounterMetricFamily(
-            "vllm:admission_rejections", "Requests refused on arrival", labels=(*LABELS, "reason")
-        )
-        for reason in sorted({"queue_full", *self.refused}):
-            refusals.add_metric((*self._labels, reason), self.refused[reason])
-        yield refusals
-        for value in vars(self).values():
-            if isinstance(value, Histogram):
-                yield value.family(self._labels)
+        for name, histogram in figures.histograms.items():
+            help, bounds = HISTOGRAMS[name]
+            yield self._histogram(name, help, bounds, histogram.counts, histogram.sum)
 
-    def _gauges(self, stats: Stats) -> Iterator[Metric]:
+    def _histogram(
+        self, name: str, help: str, bounds: tuple[float, ...], counts: list[int], total: float
+    ) -> Metric:
+        family = HistogramMetricFamily(name, help, labels=LABELS)
+        names = (*map(str, bounds), "+Inf")
+        family.add_metric(
+            self._labels, list(zip(names, accumulate(counts), strict=True)), float(total)
+        )
+        return family
+
+    def _gauge(self, name: str, help: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, help, labels=LABELS)
+        family.add_metric(self._labels, value)
+        return family
+
+    def _labelled(
+        self,
+        kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        name: str,
+        help: str,
+        labels: tuple[str, ...],
+        rows: Iterable[tuple[tuple[str, ...], float]],
+    ) -> Metric:
+        family = kind(name, help, labels=(*LABELS, *labels))
+        for values, number in rows:
+            family.add_metric((*self._labels, *values), number)
+        return family
+
+    def _engine_gauges(self, stats: Stats) -> Iterator[Metric]:
         total = sum(stats.pages)
-        used = total - sum(stats.pages_free) - sum(stats.pages_cached)
-        for name, help, value in (
+        free, cached = sum(stats.pages_free), sum(stats.pages_cached)
+        used = total - free - cached
+        ready = self._ready()
+        for row in (
             ("vllm:num_requests_running", "Sequences in a slot", stats.running),
             ("vllm:num_requests_waiting", "Sequences that wait for a slot", stats.waiting),
             ("vllm:kv_cache_usage_perc", "Share of pages in use", used / total if total else 0.0),
             ("octavo:steps_in_flight", "Steps dispatched and not yet read", stats.in_flight),
             ("octavo:slots", "Sequences that can be decoded together", stats.slots),
+            (
+                "octavo:startup_seconds",
+                "From the engine's start to its readiness",
+                ready.startup_seconds if ready else 0.0,
+            ),
         ):
-            gauge = GaugeMetricFamily(name, help, labels=LABELS)
-            gauge.add_metric(self._labels, value)
-            yield gauge
-        pages = GaugeMetricFamily("octavo:pages", "Pages by state", labels=(*LABELS, "state"))
-        free, cached = sum(stats.pages_free), sum(stats.pages_cached)
-        for state, count in (("used", used), ("free", free), ("cached", cached)):
-            pages.add_metric((*self._labels, state), count)
-        yield pages
+            yield self._gauge(*row)
+        yield self._labelled(
+            GaugeMetricFamily,
+            "vllm:num_requests_waiting_by_reason",
+            "Sequences that wait: for a slot (capacity) or for their request's first choice",
+            ("reason",),
+            [(("capacity",), stats.waiting - stats.deferred), (("deferred",), stats.deferred)],
+        )
+        yield self._labelled(
+            GaugeMetricFamily,
+            "octavo:pages",
+            "Pages of the cache by state",
+            ("state",),
+            [(("used",), used), (("free",), free), (("cached",), cached)],
+        )
 
-    def _totals(self, stats: Stats) -> Iterator[Metric]:
+    def _engine_totals(self, stats: Stats) -> Iterator[Metric]:
         for name, help, value in (
-            ("vllm:prompt_tokens", "Prompt tokens taken in", stats.prompt_tokens),
+            (
+                "vllm:prompt_tokens",
+                "Prompt tokens taken in, computed or found",
+                stats.prompt_tokens + stats.prefix_hits,
+            ),
+            (
+                "vllm:prompt_tokens_cached",
+                "Prompt tokens found in the prefix cache",
+                stats.prefix_hits,
+            ),
             ("vllm:generation_tokens", "Tokens generated", stats.generation_tokens),
             ("vllm:num_preemptions", "Sequences put back into the queue", stats.preemptions),
             ("vllm:prefix_cache_queries", "Tokens looked up", stats.prefix_queries),
@@ -134,9 +153,102 @@ class Metrics:
                 "Programs compiled while serving: should be 0",
                 stats.compiles_after_ready,
             ),
-            ("octavo:host_seconds", "Host time spent in turns", stats.host_seconds),
-            ("octavo:restarts", "Times the state was rebuilt", stats.restarts),
+            (
+                "octavo:host_seconds",
+                "Host time spent in turns; over octavo:steps_total it is the time per step",
+                stats.host_seconds,
+            ),
+            ("octavo:evictions", "Pages that the prefix cache gave up", stats.evictions),
+            ("octavo:page_waits", "Turns in which no page was surely free", stats.page_waits),
+            ("octavo:restarts", "Times the state was rebuilt after a step raised", stats.restarts),
         ):
             counter = CounterMetricFamily(name, help, labels=LABELS)
             counter.add_metric(self._labels, value)
             yield counter
+        yield self._labelled(
+            CounterMetricFamily,
+            "vllm:prompt_tokens_by_source",
+            "Prompt tokens by where they came from",
+            ("source",),
+            [
+                (("local_compute",), stats.prompt_tokens),
+                (("local_cache_hit",), stats.prefix_hits),
+            ],
+        )
+
+    def _frontend_totals(self, figures: Figures) -> Iterator[Metric]:
+        finished = {(reason,): 0 for reason in FINISH_REASONS} | figures.finished
+        yield self._labelled(
+            CounterMetricFamily,
+            "vllm:request_success",
+            "Sequences that ended, by how",
+            ("finished_reason",),
+            sorted(finished.items()),
+        )
+        refused = {(reason,): 0 for reason in REFUSALS} | figures.refused
+        yield self._labelled(
+            CounterMetricFamily,
+            "vllm:admission_rejections",
+            "Requests refused on arrival",
+            ("reason",),
+            sorted(refused.items()),
+        )
+        yield self._labelled(
+            CounterMetricFamily,
+            "octavo:http_requests",
+            "HTTP requests answered",
+            ("route", "method", "status"),
+            sorted(figures.http.items()),
+        )
+        yield self._grouped_http(figures)
+
+    def _grouped_http(self, figures: Figures) -> Metric:
+        """The same under the name and labels that FastAPI's instrumentation gives it."""
+        grouped: dict[tuple[str, str, str], int] = {}
+        for (route, method, status), count in figures.http.items():
+            key = (route, method, f"{status[0]}xx")
+            grouped[key] = grouped.get(key, 0) + count
+        family = CounterMetricFamily(
+            "http_requests", "HTTP requests answered", labels=("handler", "method", "status")
+        )
+        for labels, count in sorted(grouped.items()):
+            family.add_metric(labels, count)
+        return family
+
+    def _processes(self, stats: Stats, snapshots: list[Snapshot]) -> Iterator[Metric]:
+        memory = [((s.process,), float(s.resident_bytes)) for s in snapshots]
+        memory.append((("engine",), float(stats.resident_bytes)))
+        yield self._labelled(
+            GaugeMetricFamily,
+            "octavo:process_resident_memory_bytes",
+            "Memory of each process that is in RAM",
+            ("process",),
+            memory,
+        )
+        yield self._labelled(
+            GaugeMetricFamily,
+            "octavo:open_requests",
+            "Generations under way, by the API process that answers them",
+            ("process",),
+            [((s.process,), float(s.open_requests)) for s in snapshots],
+        )
+
+    def _cache_info(self, stats: Stats) -> Metric:
+        ready, config = self._ready(), self._config
+        facts = {
+            "block_size": ready.page_size if ready else 0,
+            "num_gpu_blocks": sum(stats.pages),
+            "cache_dtype": ready.kv_dtype if ready else "",
+            "enable_prefix_caching": config.enable_prefix_caching,
+            "max_model_len": ready.max_model_len if ready else 0,
+            "max_num_seqs": ready.max_num_seqs if ready else 0,
+            "max_num_batched_tokens": ready.max_num_batched_tokens if ready else 0,
+            "steps_in_flight": config.steps_in_flight,
+        }
+        return self._labelled(
+            GaugeMetricFamily,
+            "vllm:cache_config_info",
+            "How the cache is laid out, in its labels",
+            tuple(facts),
+            [(tuple(map(str, facts.values())), 1.0)],
+        )

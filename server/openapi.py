@@ -3,7 +3,7 @@
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -12,7 +12,6 @@ from octavo import __version__
 from octavo.server.endpoint import Endpoint
 from octavo.server.protocol.errors import ErrorResponse
 
-OPEN = ("/health", "/ping", "/ready", "/metrics", "/", "/docs", "/openapi.json")
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 REFUSALS = {
     400: "The request cannot be served as it is; the message names the field",
@@ -29,8 +28,10 @@ REFUSALS = {
 }
 
 
-def document(endpoints: Sequence[Endpoint], keyed: bool) -> dict[str, Any]:
-    """The OpenAPI 3.1 description of `endpoints`; `keyed` when the server asks for API keys."""
+def document(
+    endpoints: Sequence[Endpoint], needs_key: Callable[[str], bool] = lambda path: False
+) -> dict[str, Any]:
+    """The OpenAPI 3.1 description of `endpoints`; `needs_key` says which paths ask for a key."""
     types = [t for e in endpoints for t in (e.body, e.answer) if t is not None]
     schemas, components = msgspec.json.schema_components(
         [*types, ErrorResponse], ref_template="#/components/schemas/{name}"
@@ -42,7 +43,7 @@ def document(endpoints: Sequence[Endpoint], keyed: bool) -> dict[str, Any]:
         body = next(made) if endpoint.body is not None else None
         answer = next(made) if endpoint.answer is not None else None
         operation = _operation(endpoint, body, answer, error)
-        if keyed and endpoint.path not in OPEN:
+        if needs_key(endpoint.path):
             operation["security"] = [{"key": []}]
         path = _PARAMETER.sub(r"{\1}", endpoint.path)
         paths.setdefault(path, {})[endpoint.method.lower()] = operation

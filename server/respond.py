@@ -60,11 +60,5 @@ def json_response(body: object, status: int = 200, request_id: str = "") -> Resp
 
 def error_response(error: ApiError) -> Response:
     response = json_response(error.body(), error.status)
-    if error.retry_after is not None:
-        response.headers["retry-after"] = str(error.retry_after)
+    response.headers.update(error.headers)
     return response
-
-
-def unauthorized() -> Response:
-    """Not in OpenAI's shape: what clients of this API's other servers expect for a bad key."""
-    return json_response({"error": "Unauthorized"}, 401)

@@ -19,6 +19,7 @@ from octavo.server.protocol.errors import ApiError
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": still here\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -31,38 +32,54 @@ class EventStream(Response):
     """Sends byte chunks as they come, each already a whole `data: ...` frame or several.
 
     `chunks` is closed on disconnect, so its `finally` frees what it holds. An error after the first
-    byte can have no status any more: it becomes a frame, then [DONE].
+    byte can have no status any more: it becomes a frame, then [DONE]. `done` is what comes last.
+    While nothing comes, comments go out at the interval of the settings, so that nobody between
+    here and the client takes the silence of a queue for the end.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncIterator[bytes], on_end: Callable[[], None], request_id: str
+        self,
+        chunks: AsyncIterator[bytes],
+        on_end: Callable[[], None],
+        request_id: str,
+        done: bytes = DONE,
     ) -> None:
         self.status_code = 200
         self.background = None
         self.raw_headers = [*HEADERS, (b"x-request-id", request_id.encode("latin-1", "replace"))]
-        self._chunks, self._on_end = chunks, on_end
+        self._chunks, self._on_end, self._done = chunks, on_end, done
+        self._sent = 0  # chunks, to see whether any went out since the last look
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = asyncio.ensure_future(self._send_all(send))
-        watcher = asyncio.ensure_future(_disconnected(receive))
+        write: Callable[[bytes], bool] = scope.get("octavo.write", _cannot_write)
+        interval = scope["app"].state.frontend.settings.sse_keep_alive_interval
+        tasks = [
+            asyncio.ensure_future(self._send_all(send, write)),
+            asyncio.ensure_future(_disconnected(receive)),
+        ]
+        beat = KeepAlive(self, write, interval) if interval else None
         try:
-            await asyncio.wait((sender, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if sender.done():
-                sender.result()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                tasks[0].result()
         finally:
+            if beat is not None:
+                beat.stop()
             self._on_end()
-            for task in (sender, watcher):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(sender, watcher, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, write: Callable[[bytes], bool]) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         try:
             async for chunk in self._chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                self._sent += 1
+                if not write(chunk):  # it waits for the reader, or there is no short way
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except ApiError as error:
             await send({"type": "http.response.body", "body": frame(error), "more_body": True})
         except OSError:
@@ -71,7 +88,36 @@ class EventStream(Response):
             logger.exception("a stream failed")
             failure = ApiError(500, "internal error; the server's log has the details")
             await send({"type": "http.response.body", "body": frame(failure), "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self._done, "more_body": False})
+
+    @property
+    def sent(self) -> int:
+        """Chunks so far."""
+        return self._sent
+
+
+class KeepAlive:
+    """Writes a comment into a stream whenever nothing else went out for `interval` seconds."""
+
+    def __init__(
+        self, stream: EventStream, write: Callable[[bytes], bool], interval: float
+    ) -> None:
+        self._stream, self._write, self._interval = stream, write, interval
+        self._seen = 0
+        self._next = asyncio.get_running_loop().call_later(interval, self._look)
+
+    def _look(self) -> None:
+        if self._stream.sent == self._seen:
+            self._write(COMMENT)
+        self._seen = self._stream.sent
+        self._next = asyncio.get_running_loop().call_later(self._interval, self._look)
+
+    def stop(self) -> None:
+        self._next.cancel()
+
+
+def _cannot_write(_: bytes) -> bool:
+    return False
 
 
 def frame(error: ApiError) -> bytes:

@@ -22,8 +22,11 @@ from octavo.engine.text.processor import OutputProcessor
 from octavo.server.client import EngineClient
 from octavo.server.frontend import Frontend
 from octavo.server.http import GRACE, serve_http
+from octavo.server.keys import with_all_keys
 from octavo.server.launch import EngineProcess
+from octavo.server.logs import set_up as set_up_logs
 from octavo.server.settings import ServerSettings
+from octavo.server.tls import tls_context
 
 NO_ENGINE = 3  # exit code of an API process whose engine never became ready
 LOOK = 0.2  # seconds between two looks at the children
@@ -48,7 +51,6 @@ def serve_one(
         ended=ended,
         max_queued=max(1, config.max_num_queued_reqs // settings.api_server_count),
         hung_after=settings.hung_after,
-        model_name=settings.names(config.model)[0],
     )
     frontend = Frontend(settings, config, text, client)
     url = url_of(settings, listener)
@@ -66,14 +68,20 @@ def serve_one(
 def url_of(settings: ServerSettings, listener: socket.socket) -> str:
     """Where a program on this machine finds the server."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    return f"http://{host}:{listener.getsockname()[1]}"
+    scheme = "https" if settings.ssl_certfile else "http"
+    return f"{scheme}://{host}:{listener.getsockname()[1]}"
 
 
 def welcome(frontend: Frontend, url: str, seconds: float) -> list[str]:
     """The lines that say it works, and one to try it with."""
     ready = frontend.client.ready
     key = " -H 'Authorization: Bearer KEY'" if frontend.settings.api_key else ""
-    if frontend.chats:
+    key += " --cacert CERTFILE" if frontend.settings.ssl_certfile else ""
+    if ready is not None and ready.pooler is not None:
+        path, body = "embeddings", '{"input": "Hello"}'
+        if ready.pooler.task == "score":
+            path, body = "score", '{"text_1": "Hello", "text_2": "Good day"}'
+    elif frontend.chats:
         path, body = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}'
     else:
         path, body = "completions", '{"prompt": "Hello"}'
@@ -89,6 +97,8 @@ def serve(
     settings: ServerSettings, config: EngineConfig, listener: socket.socket, core: str
 ) -> int:
     """Start the engine, speak HTTP, end both; the exit code."""
+    settings = with_all_keys(settings)
+    tls_context(settings)
     text = open_text(config, settings.chat_template)  # says what is wrong before anything starts
     engine = EngineProcess(config, core)
     try:
@@ -175,6 +185,7 @@ def main() -> None:
     """Entry of an API process that is a child: one JSON line on stdin says what to serve."""
     order = json.loads(sys.stdin.buffer.readline())
     settings, config = ServerSettings(**order["settings"]), EngineConfig(**order["config"])
+    set_up_logs(settings.log_json)
     listener = socket.socket(order["family"], socket.SOCK_STREAM, fileno=order["listener"])
     try:
         serve_one(

@@ -27,6 +27,7 @@ JAX_FREE = (
     "engine/messages.py",
     "engine/sampling_params.py",
     "engine/text",
+    "engine/grammar",
     "server",
 )
 

@@ -4,14 +4,19 @@ All that depends on the model and can be wrong in a request is checked here, in 
 client talks to, so that the engine's loop meets only what it can serve.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from octavo.engine.messages import AddRequest
-from octavo.engine.sampling_params import ParameterError, SamplingParams, default_fields
+from octavo.engine.sampling_params import (
+    ParameterError,
+    SamplingParams,
+    StructuredOutputsParams,
+    default_fields,
+)
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.models.checkpoint import Checkpoint
 
@@ -53,8 +58,14 @@ def make_request(
     arrival: float = 0.0,
     cache_salt: str = "",
     timeout: float = 0.0,
+    grammar: Callable[[StructuredOutputsParams], str] | None = None,
+    mask_after: Sequence[int] = (),
 ) -> AddRequest:
-    """The checked message; `max_tokens` is cut to the context. Raises ParameterError."""
+    """The checked message; `max_tokens` is cut to the context. Raises ParameterError.
+
+    `grammar` (Checker.check) makes a grammar's text of structured_outputs: at once where that was
+    checked before, else it blocks. The grammar begins behind the tokens `mask_after`.
+    """
     prompt = _prompt(prompt_token_ids, limits)
     _check_tokens(params, limits)
     room = limits.max_model_len - len(prompt)
@@ -71,6 +82,12 @@ def make_request(
         if tokenizer is None:
             raise ParameterError("bad_words", "needs a tokenizer, and this model has none")
         words = tokenized_words(params.bad_words, tokenizer)
+    text = ""
+    if params.structured_outputs is not None:
+        if grammar is None:
+            raise ParameterError("structured_outputs", "is not served here; leave it out")
+        text = grammar(params.structured_outputs)
+        changes["structured_outputs"] = None  # the text says it all
     return AddRequest(
         handle=handle,
         request_id=request_id,
@@ -81,6 +98,8 @@ def make_request(
         arrival=arrival,
         cache_salt=cache_salt,
         timeout=timeout,
+        grammar=text,
+        mask_after=list(mask_after) if text else [],
     )
 
 

@@ -59,3 +59,38 @@ class RequestOutput(msgspec.Struct):
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache
     error: str = ""  # why the request failed, one sentence; empty: it did not
     status: int = 200  # the HTTP status that goes with `error`
+
+
+class EmbeddingOutput(msgspec.Struct):
+    """One embedding."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """How many numbers it has."""
+        return len(self.embedding)
+
+
+class EmbeddingRequestOutput(msgspec.Struct):
+    """One text and its embedding."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+
+
+class ScoringOutput(msgspec.Struct):
+    """One score."""
+
+    score: float
+
+
+class ScoringRequestOutput(msgspec.Struct):
+    """One pair and its score."""
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: list[int]  # of the pair; where the score is a cosine, of its second text
+    finished: bool = True

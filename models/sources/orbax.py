@@ -16,6 +16,7 @@ from octavo.models.sources.base import Checkpoint, CheckpointError, NoTensors, T
 from octavo.models.sources.folder import TOKENIZER_FILES, read_json, read_optional_json
 from octavo.models.sources.gguf import write_metadata
 from octavo.models.sources.gguf_file import read_gguf
+from octavo.models.sources.sentence import sentence_files
 
 MARKER = "octavo.json"
 VERSION = 1
@@ -60,6 +61,10 @@ def save(params: Any, checkpoint: Checkpoint, folder: str | Path) -> Path:
     _write_json(folder / "config.json", checkpoint.config)
     if checkpoint.generation_config:
         _write_json(folder / "generation_config.json", checkpoint.generation_config)
+    if checkpoint.path.is_dir():
+        for name in sentence_files(checkpoint.path):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.path / name, folder / name)
     if checkpoint.tokenizer.folder is not None:
         for name in TOKENIZER_FILES:
             if (source := checkpoint.tokenizer.folder / name).exists():

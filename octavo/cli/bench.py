@@ -9,10 +9,15 @@ PROGRAMS = {
     "throughput": "how many tokens per second, offline, with many random prompts at once",
     "latency": "how long one batch of 8 takes from prompt to last token",
     "serve": "what clients of an OpenAI endpoint see: time to first token, time per token",
+    "frontend": "what the HTTP side alone can do, before an engine that answers at once",
     "fuzz": "what malformed requests do to a server, and whether anything is left behind",
     "startup": "how long until ready, with a cold and a warm compilation cache",
     "host": "what a step costs the host, with a model that computes nothing",
     "gpu": "the engine alone on an accelerator: random weights of a real shape, four workloads",
+    "grammar": "llguidance beside xgrammar: schemas compiled, masks filled",
+    "structured": "whether every text that a schema ruled parses and validates",
+    "masked": "what a step costs more when grammars rule its rows",
+    "embed": "how many texts per second a reading model embeds, and torch beside it",
     "llamacpp": "SmolLM2 beside llama.cpp, in turns, on this machine",
 }
 

@@ -11,8 +11,10 @@ from typing import Any
 import octavo
 from octavo.cli.options import (
     add_config_flags,
+    add_form_flags,
     add_sampling_flags,
     config_from_args,
+    form_from_args,
     sampling_from_args,
 )
 from octavo.engine.config import ConfigError
@@ -24,6 +26,7 @@ examples:
   octavo generate smollm2-135m --prompt "The capital of France is" --temperature 0
   octavo generate smollm2-135m --chat --prompt "Name three rivers." --max-tokens 64
   octavo generate ./my-model --prompt - --json < prompt.txt
+  octavo generate smollm2-135m --prompt "A person: " --json-schema person.json
 """
 
 
@@ -48,6 +51,7 @@ def register(subparsers: Any) -> None:
         "--json", action="store_true", help="print one JSON object per prompt, with token ids"
     )
     add_sampling_flags(parser, max_tokens=128)
+    add_form_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if not prompts:
         raise ConfigError("there is no prompt", 'give one: octavo generate MODEL --prompt "Hello"')
     config = config_from_args(args)
-    sampling = sampling_from_args(args, n=args.n)
+    sampling = sampling_from_args(args, n=args.n, structured_outputs=form_from_args(args))
     llm = octavo.LLM(**asdict(config))
     try:
         if args.chat:

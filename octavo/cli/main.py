@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import octavo
 
 # Each is a file beside this one with `register(subparsers)` and `run(args) -> int`.
-COMMANDS = ("serve", "chat", "generate", "run_batch", "plan", "doctor", "bench")
+COMMANDS = ("serve", "chat", "generate", "run_batch", "plan", "compile", "doctor", "bench")
 
 DEBUG_HELP = "show the traceback of an error"
 EXIT_FAILURE = 1

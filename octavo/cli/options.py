@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import octavo
@@ -91,6 +92,34 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> N
     group.add_argument(
         "--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help="end here"
     )
+
+
+def add_form_flags(parser: argparse.ArgumentParser) -> None:
+    """The form that the text must have: at most one."""
+    group = parser.add_argument_group("form of the text (one of them)")
+    for name, metavar, help in (
+        ("json-schema", "FILE", "JSON that this schema allows"),
+        ("grammar", "FILE", "what this grammar allows, in Lark or as `root ::= ...`"),
+        ("regex", "TEXT", "what this regular expression matches"),
+    ):
+        group.add_argument(f"--{name}", metavar=metavar, help=help)
+    group.add_argument("--choice", action="append", metavar="TEXT", help="one of these; repeat it")
+
+
+def form_from_args(args: argparse.Namespace) -> octavo.StructuredOutputsParams | None:
+    """The form that a command line asks for. Raises ConfigError."""
+    given: dict[str, Any] = {"regex": args.regex, "choice": args.choice}
+    for flag_name, path in (("json", args.json_schema), ("grammar", args.grammar)):
+        if path is not None:
+            try:
+                given[flag_name] = Path(path).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{path} cannot be read: {error}") from None
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return octavo.StructuredOutputsParams(**given) if given else None
+    except ValueError as error:
+        raise ConfigError(str(error), "give one form") from None
 
 
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")

@@ -1,7 +1,6 @@
 """`octavo serve`: an OpenAI endpoint for one model."""
 
 import argparse
-import logging
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -9,6 +8,7 @@ from octavo.cli.options import add_config_flags, config_from_args
 from octavo.engine.config import ConfigError
 from octavo.engine.process import CORE, MAX_CLIENTS
 from octavo.server.http import bind
+from octavo.server.logs import set_up as set_up_logs
 from octavo.server.settings import ServerSettings
 from octavo.server.worker import serve
 
@@ -32,7 +32,9 @@ def register(subparsers: Any) -> None:
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         flag, shown = "--" + f.name.replace("_", "-"), f" (default: {default})" if default else ""
         options: dict[str, Any] = {"help": f.metadata["help"] + shown, "default": default}
-        if isinstance(default, list):
+        if isinstance(default, bool):
+            options |= {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, list):
             options |= {"action": "append", "default": None, "metavar": "X"}
         else:
             options |= {"type": type(default), "metavar": f.metadata["metavar"]}
@@ -49,6 +51,15 @@ def settings_from_args(args: argparse.Namespace) -> ServerSettings:
         ("shutdown_timeout", 0, 86400),
         ("hung_after", 1, 86400),
         ("max_body_bytes", 1024, 2**40),
+        ("max_header_bytes", 1024, 2**30),
+        ("max_header_count", 16, 65536),
+        ("header_timeout", 0.1, 86400),
+        ("body_timeout", 0.1, 86400),
+        ("write_timeout", 0.1, 86400),
+        ("keep_alive_timeout", 1, 86400),
+        ("request_timeout", 0, 864000),
+        ("sse_keep_alive_interval", 0, 86400),
+        ("chat_template_timeout", 0.1, 60),
     ):
         value = getattr(settings, name)
         if not low <= value <= high:
@@ -58,8 +69,8 @@ def settings_from_args(args: argparse.Namespace) -> ServerSettings:
 
 def run(args: argparse.Namespace, core: str = CORE) -> int:
     """Serve until a signal; 0 after a clean end, 1 if the engine died, 2 if it could not start."""
-    logging.basicConfig(format="octavo: %(message)s", level=logging.WARNING)
     settings, config = settings_from_args(args), config_from_args(args)
+    set_up_logs(settings.log_json)
     listener = bind(settings)
     try:
         return serve(settings, config, listener, core)

@@ -35,8 +35,6 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
             raise not_yet("tool_choice", "leave it out")
         if self.modalities not in (None, ["text"]):
             raise not_yet("modalities", "only text is")
-        if self.chat_template is not None:
-            raise not_yet("chat_template", "start the server with --chat-template FILE")
         if not self.messages:
             raise bad_request("`messages` must not be empty", "messages")
         if self.top_logprobs is not None and not self.logprobs:

@@ -9,8 +9,10 @@ TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
     422: "UnprocessableEntityError",
+    431: "RequestHeaderFieldsTooLargeError",
     499: "ClientClosedRequestError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
@@ -32,11 +34,18 @@ class ApiError(Exception):
     """What went wrong, whose fault it was (`status`) and which field (`param`)."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        retry_after: int | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
-        self.retry_after = retry_after  # seconds, where trying again can help
+        self.headers = dict(headers or {})
+        if retry_after is not None:  # seconds, where trying again can help
+            self.headers["retry-after"] = str(retry_after)
 
     def body(self) -> ErrorResponse:
         kind = TYPES.get(self.status, "InternalServerError")

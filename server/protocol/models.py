@@ -63,5 +63,9 @@ class Status(msgspec.Struct):
     status: str
 
 
+class Load(msgspec.Struct):
+    server_load: int
+
+
 class Version(msgspec.Struct):
     version: str

@@ -12,6 +12,7 @@ from octavo.engine.sampling_params import (
     default_fields,
 )
 from octavo.server.protocol.errors import ApiError, bad_request, not_yet
+from octavo.server.protocol.structured import asked_form
 
 MAX_STOP_STRINGS = 4
 
@@ -57,11 +58,21 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     watermarking: bool | None = None
     vllm_xargs: dict[str, Any] | None = None
 
+    # The form of the text: one of them. See octavo.server.protocol.structured.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+
     # Of the request, not of sampling.
     user: str | None = None
     priority: int | None = None
     request_id: str | None = None
     cache_salt: str | None = None
+    timeout: float | None = None  # seconds from its arrival, then 408
     echo: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
@@ -69,12 +80,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
 
     # Known and refused: to ignore them would answer another question than the one asked.
-    response_format: dict[str, Any] | None = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     prompt_embeds: Any = None
     thinking_token_budget: int | None = None
     repetition_detection: RepetitionDetectionParams | None = None
@@ -92,12 +97,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
 
     def check(self) -> None:
         """Refuse, by name, what cannot be served."""
-        format_type = (self.response_format or {"type": "text"}).get("type", "text")
-        if format_type != "text":
-            raise not_yet("response_format", "only the type `text` is")
-        for field in ("structured_outputs", *(f"guided_{k}" for k in _GUIDED)):
-            if getattr(self, field) is not None:
-                raise not_yet(field, "leave it out and check the text yourself")
+        asked_form(self)
         for field in ("prompt_embeds", "kv_transfer_params"):
             if getattr(self, field):
                 raise not_yet(field, "leave it out")
@@ -117,12 +117,18 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         given = {k: v for k in self.TO_SAMPLING if (v := getattr(self, k)) is not None}
         if self.vllm_xargs:
             given["extra_args"] = self.vllm_xargs
+        given["structured_outputs"] = asked_form(self)[1]
         fields = default_fields(generation_config) | given
         fields |= {k: v for k, v in values.items() if v is not None or k not in fields}
         try:
             return SamplingParams(**fields, output_kind=RequestOutputKind.DELTA)
         except ParameterError as error:
             raise bad_request(str(error), error.parameter) from None
+
+    @property
+    def form_field(self) -> str:
+        """The field by which this body asks for a form of the text."""
+        return asked_form(self)[0]
 
     @property
     def include_usage(self) -> bool:
@@ -134,9 +140,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         return self.include_usage and bool(
             self.stream_options and self.stream_options.continuous_usage_stats
         )
-
-
-_GUIDED = ("json", "regex", "choice", "grammar")
 
 
 class Usage(msgspec.Struct):

@@ -62,6 +62,7 @@ async def create(request: Request) -> Response:
     name = RequestId.of(request, body, "cmpl")
     prompts = [await frontend.completion_prompt(prompt, body) for prompt in body.prompts()]
     job = Job(body, frontend, name, prompts, _sampling(body, frontend), body.max_tokens == 0)
+    await frontend.check_form(job.sampling, body.form_field)
     generations: list[Generation] = []
 
     def cancel() -> None:

@@ -5,7 +5,7 @@ from starlette.responses import Response
 
 from octavo import __version__
 from octavo.server.protocol.errors import unavailable
-from octavo.server.protocol.models import Status, Version
+from octavo.server.protocol.models import Load, Status, Version
 from octavo.server.respond import error_response, frontend_of, json_response
 
 
@@ -30,6 +30,11 @@ async def version(_: Request) -> Response:
     return json_response(Version(__version__))
 
 
+async def load(request: Request) -> Response:
+    """How many generations are under way, for load balancers."""
+    return json_response(Load(frontend_of(request).metrics.load()))
+
+
 async def metrics(request: Request) -> Response:
-    text = frontend_of(request).client.metrics.text()
+    text = frontend_of(request).metrics.text()
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

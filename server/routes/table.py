@@ -8,6 +8,7 @@ from octavo.server.protocol.completions import CompletionRequest, CompletionResp
 from octavo.server.protocol.models import (
     DetokenizeRequest,
     DetokenizeResponse,
+    Load,
     ModelCard,
     ModelList,
     Status,
@@ -15,7 +16,15 @@ from octavo.server.protocol.models import (
     TokenizeResponse,
     Version,
 )
-from octavo.server.routes import chat, completions, docs, health, models, tokenize
+from octavo.server.protocol.pooling import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    RerankRequest,
+    RerankResponse,
+    ScoreRequest,
+    ScoreResponse,
+)
+from octavo.server.routes import chat, completions, docs, health, models, pooling, tokenize
 
 ENDPOINTS = [
     post(
@@ -33,6 +42,21 @@ ENDPOINTS = [
         CompletionRequest,
         CompletionResponse,
         streams=True,
+    ),
+    post(
+        "/v1/embeddings",
+        pooling.embeddings,
+        "A vector for each text",
+        EmbeddingRequest,
+        EmbeddingResponse,
+    ),
+    *(
+        post(path, pooling.score, "How well pairs go together", ScoreRequest, ScoreResponse)
+        for path in ("/v1/score", "/score")
+    ),
+    *(
+        post(path, pooling.rerank, "Documents by relevance", RerankRequest, RerankResponse)
+        for path in ("/v1/rerank", "/rerank", "/v2/rerank")
     ),
     Endpoint("/v1/models", models.listing, "The models served here", answer=ModelList),
     Endpoint("/v1/models/{name:path}", models.one, "One model", answer=ModelCard),
@@ -55,6 +79,7 @@ ENDPOINTS = [
     Endpoint("/ping", health.health, "The same as /health", answer=Status, method="POST"),
     Endpoint("/ready", health.ready, "Whether the engine can generate", answer=Status),
     Endpoint("/version", health.version, "The version of Octavo", answer=Version),
+    Endpoint("/load", health.load, "Generations under way", answer=Load),
     Endpoint("/metrics", health.metrics, "Figures for Prometheus", media_type="text/plain"),
     Endpoint("/openapi.json", docs.openapi, "This description", answer=dict[str, Any]),
     Endpoint("/docs", docs.page, "This description for people", media_type="text/html"),

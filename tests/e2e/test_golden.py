@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from octavo import LLM, AsyncLLM, RequestOutput, SamplingParams
-from octavo.engine.sampling_params import RequestOutputKind
+from octavo import LLM, AsyncLLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from octavo.engine.sampling_params import ParameterError, RequestOutputKind
 from tests.e2e.golden import CHAT, COMPLETION, GEMMA, SMALL, Row, need
 from tests.e2e.served import end, serve
 from tests.server.conftest import Server
@@ -40,6 +40,33 @@ def test_stream_gives_the_same_tokens_in_pieces(smollm2: LLM) -> None:
         assert [t for o in outputs for t in o.outputs[0].token_ids] == row.output_ids
         assert "".join(o.outputs[0].text for o in outputs) == row.spoken
         assert len(outputs) > 2 and [o.finished for o in outputs[-2:]] == [False, True]
+
+
+PERSON = StructuredOutputsParams(
+    json={
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 6},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "tags": {"type": "array", "items": {"enum": ["a", "b", None, 1.5]}, "maxItems": 3},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    },
+    disable_any_whitespace=True,
+)
+
+
+def test_a_schema_rules_the_likeliest_text(smollm2: LLM) -> None:
+    [output] = smollm2.generate(
+        "A person as JSON: ",
+        SamplingParams(temperature=0, max_tokens=60, structured_outputs=PERSON),
+    )
+    assert output.outputs[0].text == '{"name":"John","age":25,"tags":[1.5,1.5,1.5]}'
+    assert output.outputs[0].finish_reason == "stop"
+    with pytest.raises(ParameterError, match="unclosed group"):
+        form = StructuredOutputsParams(regex="(a")
+        smollm2.generate("x", SamplingParams(structured_outputs=form))
 
 
 async def test_async_callers_each_get_their_own() -> None:

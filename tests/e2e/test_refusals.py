@@ -17,7 +17,8 @@ from tests.models.tiny import make_tiny
 
 FAMILIES = (
     "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Gemma3ForCausalLM, "
-    "Gemma3ForConditionalGeneration, Phi3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM"
+    "Gemma3ForConditionalGeneration, Phi3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM, "
+    "BertModel, RobertaModel, XLMRobertaModel"
 )
 
 
@@ -38,7 +39,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_name_that_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, "smollm3") == (
         "error: `smollm3` is not there: give a folder, a .gguf file, a repository as in "
-        "organization/model, or a built-in name (smollm2-135m, gemma3-270m)\n"
+        "organization/model, or a built-in name (smollm2-135m, gemma3-270m, "
+        "all-minilm-l6-v2)\n"
     )
 
 

@@ -12,8 +12,15 @@ from tests.engine.tiny import EOS, LLAMA, Reference, make_engine, make_parts
 
 
 def few_buckets(backend: Backend) -> Backend:
-    """Prompt buckets that a host may leave the larger of, so that chunks come in two sizes."""
-    return replace(backend, token_buckets=lambda most: tuple(sorted({16, most})))
+    """Prompt buckets that a host may leave the larger of, so that chunks come in two sizes; and
+    programs of three decode steps for up to four rows, which a host may leave too."""
+    return replace(
+        backend,
+        token_buckets=lambda most: tuple(sorted({16, most})),
+        small_model=1 << 30,
+        small_steps=3,
+        small_steps_rows=4,
+    )
 
 
 @pytest.fixture(scope="session")

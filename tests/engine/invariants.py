@@ -56,9 +56,11 @@ def _in_flight(core: EngineCore, group: int) -> list[int]:
     """Pages that the device took in steps that were not harvested yet."""
     out: list[int] = []
     for flight in core.host.flights:
-        if flight.result is None:
+        result = (flight.leader or flight).result
+        if result is None:
             continue
-        taken = np.asarray(flight.result[1])[0]
+        taken = np.asarray(result[1])[0]
+        taken = taken[flight.part] if flight.parts > 1 else taken
         span = len(taken) // len(core.host.pools)
         count = int(taken[group * span + 1])
         out += taken[group * span + 2 : group * span + 2 + count].tolist()

@@ -77,10 +77,12 @@ def begin_anew(
     prefix_caching: bool = True,
     by_priority: bool = False,
     budget: int = 0,
+    steps: int = 1,
 ) -> EngineCore:
     """The same compiled programs under an empty host with other rules: no compile.
 
-    `budget` keeps only the prompt buckets up to that many tokens; 0 keeps all.
+    `budget` keeps only the prompt buckets up to that many tokens; 0 keeps all. `steps` is 1 or what
+    the engine was made for.
     """
     dims, buckets = core.resolved.dims, core.resolved.token_buckets
     core.limits = Limits(
@@ -90,6 +92,8 @@ def begin_anew(
         depth=depth,
         prefix_caching=prefix_caching,
         by_priority=by_priority,
+        steps=steps,
+        several_rows=core.resolved.several_rows if steps > 1 else (),
     )
     core.host = Host(core.limits)
     core.device.limits = core.limits
@@ -119,6 +123,8 @@ class Client:
         bad_words: list[list[int]] | None = None,
         arrival: float = 0.0,
         timeout: float = 0.0,
+        grammar: str = "",
+        mask_after: list[int] | None = None,
         **sampling: Any,
     ) -> int:
         """Queue a request, greedy unless told otherwise; returns its first handle."""
@@ -138,6 +144,8 @@ class Client:
                 cache_salt=salt,
                 arrival=arrival,
                 timeout=timeout,
+                grammar=grammar,
+                mask_after=mask_after or [],
             )
         )
         return handle

@@ -48,6 +48,7 @@ rules = st.fixed_dictionaries(
         "prefix_caching": st.booleans(),
         "by_priority": st.booleans(),
         "budget": st.sampled_from([0, 16]),
+        "steps": st.sampled_from([1, 3]),
     }
 )
 

@@ -56,7 +56,7 @@ def test_an_unknown_architecture_lists_what_is_supported() -> None:
         "unknown model architecture 'MambaForCausalLM'; supported are LlamaForCausalLM, "
         "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Gemma3ForCausalLM, "
         "Gemma3ForConditionalGeneration, Phi3ForCausalLM, MixtralForCausalLM, "
-        "Qwen3MoeForCausalLM"
+        "Qwen3MoeForCausalLM, BertModel, RobertaModel, XLMRobertaModel"
     )
 
 

@@ -116,8 +116,6 @@ def test_an_unknown_model_is_a_404(server: Server) -> None:
     ("field", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("response_format", {"type": "json_object"}),
-        ("structured_outputs", {"choice": ["a"]}),
         ("thinking_token_budget", 5),
         ("top_logprobs", 2),
         ("stream_options", {"include_usage": True}),

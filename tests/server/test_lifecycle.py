@@ -178,14 +178,6 @@ def test_what_waits_beyond_the_queue_is_told_to_come_back(launch: Launch) -> Non
     assert server.get("/health").status_code == 200
 
 
-def test_only_those_with_a_key_may_ask(launch: Launch) -> None:
-    server = launch("--api-key", "one", "--api-key", "two")
-    refused = server.post("/v1/chat/completions", CHAT)
-    assert (refused.status_code, refused.json()) == (401, {"error": "Unauthorized"})
-    assert server.openai("two").models.list().data[0].id == "tiny"
-    assert server.get("/health").status_code == 200
-
-
 def test_several_api_processes_share_one_port_and_one_engine(launch: Launch) -> None:
     server = launch("--api-server-count", "2", step=0.001)
     texts = [

@@ -13,7 +13,17 @@ import pytest
 import zmq
 
 from octavo.engine.config import EngineConfig
-from octavo.engine.messages import Abort, AddRequest, Dead, Finish, FromEngine, Output, Ready, Stats
+from octavo.engine.messages import (
+    Abort,
+    AddRequest,
+    Dead,
+    EncodeRequest,
+    Finish,
+    FromEngine,
+    Output,
+    Ready,
+    Stats,
+)
 from octavo.engine.process import client_identity, outputs_endpoint, requests_endpoint
 from octavo.engine.sampling_params import SamplingParams
 from octavo.server.launch import EngineProcess
@@ -98,6 +108,15 @@ def test_every_client_gets_its_own_tokens_under_its_own_handles(
     assert client.tokens(1) == [(5, 10), (5, 11), (5, 10), (5, 11)]
     assert sorted(other.tokens(2)) == sorted([(5, 20), (5, 21), (5, 20), (6, 20), (6, 21), (6, 20)])
     other.close()
+
+
+def test_an_engine_that_generates_refuses_texts_to_read(client: RawClient) -> None:
+    client.send(EncodeRequest(9, "9", np.array([7], "<i4").tobytes()))
+    while not (finished := client.hear().finished):
+        pass
+    assert [(f.handle, f.reason, f.status) for f in finished] == [(9, "error", 400)]
+    client.ask(5, [10], max_tokens=2)
+    assert client.tokens(1) == [(5, 10), (5, 10)]
 
 
 def test_an_aborted_sequence_is_heard_of_no_more(client: RawClient) -> None:
