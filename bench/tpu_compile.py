@@ -6,14 +6,7 @@ folder. A bundle is about a cycle; waits for copies are not in it.
     python -m bench.tpu_compile v6e:2x2 decode bfloat16 16     prints what one kernel takes
 """
 
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {  # libtpu looks for no TPU then
