@@ -60,10 +60,9 @@ class Delta:
 def merge(choices: dict[int, Delta], batch: list[Delta]) -> None:
     """Add what is new to what each choice said so far."""
     for delta in batch:
-        if delta.index in choices:
-            choices[delta.index].extend(delta)
-        else:
-            choices[delta.index] = delta
+        if delta.index not in choices:
+            choices[delta.index] = Delta(delta.prompt, delta.index)
+        choices[delta.index].extend(delta)  # joins the pieces of a call, those of one delta too
 
 
 def to_deltas(prompt: int, batch: list[RequestOutput]) -> list[Delta]:

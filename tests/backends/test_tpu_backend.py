@@ -1,4 +1,4 @@
-"""The TPU's record, without a TPU: what it refuses and predicts, and that its cache serves a model."""
+"""The TPU's record, without a TPU: what it refuses and predicts; its cache serves a model."""
 
 from dataclasses import replace
 
