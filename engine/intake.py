@@ -48,7 +48,7 @@ class Intake:
                 status=503,
             )
         self._check_ids(request, vocab)
-        self._check_unserved(sampling)
+        self._check_whole(request)
         limit = longest
         if sampling.max_tokens is not None:
             limit = min(longest, len(tokens) + sampling.max_tokens)
@@ -84,16 +84,16 @@ class Intake:
             )
         return out
 
-    def _check_unserved(self, sampling: SamplingParams) -> None:
-        """What this version cannot do is refused, never ignored."""
-        unserved = {
-            "thinking_token_budget": sampling.thinking_token_budget,
-        }
-        if sampling.structured_outputs is not None:
+    def _check_whole(self, request: AddRequest) -> None:
+        """What a client makes of a wish must have come with it."""
+        if request.sampling.structured_outputs is not None:
             raise Refused("`structured_outputs` came without the grammar that a client makes of it")
-        for name, value in unserved.items():
-            if value is not None:
-                raise Refused(f"`{name}` is not served by this version; leave it out")
+        budget = request.sampling.thinking_token_budget
+        if budget is not None and budget >= 0 and not request.thought_end:
+            raise Refused(
+                "`thinking_token_budget` needs a model whose thoughts are told apart from its "
+                "answers: leave it out"
+            )
 
     def _seed(self, sampling: SamplingParams, host: Host) -> int:
         """A request without a seed gets one of its own, from the engine's and its place in line."""
@@ -111,6 +111,7 @@ class Intake:
             "prompt_logprob_token_ids": sampling.prompt_logprob_token_ids or (),
             "stop_token_ids": sampling.stop_token_ids,
             "bad_words": [i for word in request.bad_words for i in word],
+            "thinking_token_budget": request.thought_end,
         }
         for name, given in ids.items():
             for token in given:

@@ -64,6 +64,7 @@ class Masks:
                 self._stuck.append((sequence, guide.broken))
                 continue
             out[row] = mask
+            self._end_thoughts(host, sequence, out[row])
             if not _plain(sequence):
                 out[row] &= self._row(host, sequence, ends=False)
                 if not out[row].any():
@@ -99,8 +100,23 @@ class Masks:
             if n <= len(output) and (n == 0 or output[-n:].tolist() == before):
                 mask[last >> 5] &= ~np.uint32(1 << (last & 31))
         if ends:
+            self._end_thoughts(host, sequence, mask)
             self._hold_ends(host, sequence, mask)
         return mask
+
+    def _end_thoughts(self, host: Host, sequence: Sequence, mask: np.ndarray) -> None:
+        """Once thoughts have used up their budget, allow just the mark that ends them."""
+        end = sequence.request.thought_end
+        if not end or sequence.thought_over:
+            return
+        output = _output(host, sequence).tolist()
+        sequence.thought_over = output[-len(end) :] == end
+        if sequence.thought_over or len(output) < (
+            sequence.request.sampling.thinking_token_budget or 0
+        ):
+            return
+        begun = next(n for n in range(len(end) - 1, -1, -1) if output[len(output) - n :] == end[:n])
+        mask[:] = pack_ids(np.array([end[begun]]), self.vocab)
 
     def _hold_ends(self, host: Host, sequence: Sequence, mask: np.ndarray) -> None:
         if len(_output(host, sequence)) < sequence.request.sampling.min_tokens:

@@ -28,6 +28,7 @@ class AddRequest(msgspec.Struct, tag="add", array_like=True, omit_defaults=True)
     timeout: float = 0.0  # seconds from arrival; 0 is none
     grammar: str = ""  # checked by the client; `sampling.structured_outputs` does not travel
     mask_after: list[int] = []  # the grammar begins behind these tokens; empty is at once
+    thought_end: list[int] = []  # the mark that ends thoughts, where these have a budget
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):

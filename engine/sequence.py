@@ -41,6 +41,7 @@ class Sequence:
     phase: Phase = Phase.WAITING
     slot: int = -1
     started: bool = False  # its Start was sent
+    thought_over: bool = False  # the mark behind its thoughts was written
     failed_at: int = -1  # tokens known when a step last failed while it ran
     prompt_scored: int = 1  # prompt positions whose log probabilities were sent; the first has none
     hashes: list[bytes] = field(default_factory=list)
@@ -85,6 +86,7 @@ class Sequence:
             self.request.grammar
             or sampling.allowed_token_ids
             or self.request.bad_words
+            or self.request.thought_end
             or (sampling.min_tokens and len(self.stop_ids) > STOP_IDS)
         )
 

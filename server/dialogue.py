@@ -89,8 +89,12 @@ async def begin(frontend: Frontend, body: ChatCompletionRequest, request_id: str
     await frontend.check_form(sampling, "tools" if body.must_call else body.form_field)
     mark = speech.mask_after(sampling, text)
     mask_after = await frontend.encode(mark, False) if mark else []
+    end = speech.thought_end(body, text)
+    thought_end = await frontend.encode(end, False) if end else []
+    if not thought_end:
+        sampling = sampling.replace(thinking_token_budget=None)
     reader = speech.reader(body, text, frontend.special_tokens)
-    generation = frontend.submit(prompt, sampling, body, request_id, mask_after)
+    generation = frontend.submit(prompt, sampling, body, request_id, mask_after, thought_end)
     return Turn(body, prompt, generation, reader)
 
 

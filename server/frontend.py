@@ -271,10 +271,12 @@ class Frontend:
         body: GenerationRequest,
         request_id: str,
         mask_after: Sequence[int] = (),
+        thought_end: Sequence[int] = (),
     ) -> Generation:
         """Send it to the engine. ApiError 400 names what cannot be served, 503 says to wait.
 
         The form of the text, where one is asked for, begins behind the tokens `mask_after`.
+        `thought_end` ends thoughts that have used up their budget.
         """
         self.client.check_room()
         ready = self.client.ready
@@ -298,6 +300,7 @@ class Frontend:
                 cache_salt=body.cache_salt or "",
                 grammar=self.grammars.check,
                 mask_after=mask_after,
+                thought_end=thought_end,
                 timeout=self._timeout(body),
             )
         except ParameterError as error:

@@ -13,8 +13,10 @@ from octavo.server.parsers.reasoning import CLOSE
 from octavo.server.parsers.registry import TOOL_FORMATS, reasoning_format, thinking, tool_format
 from octavo.server.parsers.strip import Strip
 from octavo.server.protocol.chat import ChatCompletionRequest
+from octavo.server.protocol.errors import bad_request
 from octavo.server.protocol.tools import chosen
 
+HARMONY_END = "<|end|>"
 HARMONY_FINAL = "<|channel|>final<|message|>"
 
 
@@ -50,6 +52,21 @@ class Speech:
             return ""
         if self.reasoning == "openai_gptoss":
             return HARMONY_FINAL
+        return CLOSE if thinking(self.reasoning, prompt) is not None else ""
+
+    def thought_end(self, body: ChatCompletionRequest, prompt: str) -> str:
+        """The mark that ends thoughts, where the request gives them a budget."""
+        budget = body.thinking_token_budget
+        if budget is None or budget < 0:
+            return ""
+        if not self.reasoning:
+            raise bad_request(
+                "`thinking_token_budget` needs a model whose thoughts are told apart; start the "
+                "server with --reasoning-parser if this one thinks",
+                "thinking_token_budget",
+            )
+        if self.reasoning == "openai_gptoss":
+            return HARMONY_END
         return CLOSE if thinking(self.reasoning, prompt) is not None else ""
 
     def reader(

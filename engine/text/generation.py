@@ -60,6 +60,7 @@ def make_request(
     timeout: float = 0.0,
     grammar: Callable[[StructuredOutputsParams], str] | None = None,
     mask_after: Sequence[int] = (),
+    thought_end: Sequence[int] = (),
 ) -> AddRequest:
     """The checked message; `max_tokens` is cut to the context. Raises ParameterError.
 
@@ -100,6 +101,7 @@ def make_request(
         timeout=timeout,
         grammar=text,
         mask_after=list(mask_after) if text else [],
+        thought_end=list(thought_end) if (params.thinking_token_budget or 0) >= 0 else [],
     )
 
 

@@ -93,6 +93,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         "prompt_logprob_start", "logprob_token_ids", "logit_bias", "allowed_token_ids", "bad_words",
         "skip_special_tokens", "spaces_between_special_tokens", "detokenize", "stream_interval",
         "skip_reading_prefix_cache", "watermarking", "repetition_detection",
+        "thinking_token_budget",
     )  # fmt: skip
 
     def check(self) -> None:
@@ -101,8 +102,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         for field in ("prompt_embeds", "kv_transfer_params"):
             if getattr(self, field):
                 raise not_yet(field, "leave it out")
-        if self.thinking_token_budget is not None:
-            raise not_yet("thinking_token_budget", "use `max_tokens`")
         if self.use_beam_search:
             raise not_yet("use_beam_search", "use `n` with a `temperature` above 0")
         if self.stream_options is not None and not self.stream:

@@ -272,6 +272,34 @@ def test_penalties_are_those_of_numpy(
     assert client.tokens[handle] == want != reference.text(PROMPT, 24, ignore_eos=True)
 
 
+# --- thoughts
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_thoughts_end_when_their_budget_is_used_up_and_not_before(
+    core: EngineCore, reference: Reference, budget: int
+) -> None:
+    free = reference.text(PROMPT, 12, ignore_eos=True)
+    end = [token for token in range(30, 60) if token not in free][:2]
+    client = busy(core)
+    asked: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "thought_end": end}
+    handle = client.add(PROMPT, thinking_token_budget=budget, **asked)
+    client.drain()
+    said = free[:budget] + end
+    assert client.tokens[handle][: budget + 2] == said
+    rest = reference.text(PROMPT + said, 10 - budget, ignore_eos=True)
+    assert client.tokens[handle][budget + 2 :] == rest
+
+
+def test_thoughts_that_end_in_time_are_left_alone(core: EngineCore, reference: Reference) -> None:
+    free = reference.text(PROMPT, 12, ignore_eos=True)
+    client = busy(core)
+    asked: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "thought_end": free[2:4]}
+    handle = client.add(PROMPT, thinking_token_budget=5, **asked)
+    client.drain()
+    assert client.tokens[handle] == free
+
+
 # --- several choices
 
 

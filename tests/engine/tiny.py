@@ -125,6 +125,7 @@ class Client:
         timeout: float = 0.0,
         grammar: str = "",
         mask_after: list[int] | None = None,
+        thought_end: list[int] | None = None,
         **sampling: Any,
     ) -> int:
         """Queue a request, greedy unless told otherwise; returns its first handle."""
@@ -146,6 +147,7 @@ class Client:
                 timeout=timeout,
                 grammar=grammar,
                 mask_after=mask_after or [],
+                thought_end=thought_end or [],
             )
         )
         return handle
