@@ -425,6 +425,32 @@ def longest_first(plan: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
     return plan[order], jnp.sum(size > 0, dtype=jnp.int32)[None]
 
 
+def _scratch(c: _Static) -> _Shared:
+    """The shared memory and barriers to ask for."""
+    tiled = (plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(128))
+    # One place in two forms: the copy engine counts the rows of a tiled form in tiles of 8.
+    q_views = [
+        plgpu.SMEM((2, MIXERS, c.slices, ROWS, SLICE), c.dtype, transforms=transforms)
+        for transforms in (tiled, tiled[1:])
+    ]
+    pages = plgpu.SMEM((c.stages, c.tile, c.D), c.dtype, transforms=tiled)
+    arrived = plgpu.Barrier(num_arrivals=c.pieces, num_barriers=c.stages)
+    freed = plgpu.Barrier(num_arrivals=MIXERS, num_barriers=c.stages)
+    return _Shared(
+        q_views=plgpu.RefUnion(*q_views),
+        y_tiles=plgpu.SMEM((MIXERS, ROWS, c.D), c.dtype),
+        k_tiles=pages,
+        v_tiles=pages,
+        q_arrived=plgpu.Barrier(num_arrivals=c.slices, num_barriers=2 * MIXERS),
+        k_arrived=arrived,
+        v_arrived=arrived,
+        q_freed=plgpu.Barrier(num_arrivals=MIXERS, num_barriers=2),
+        k_freed=freed,
+        v_freed=freed,
+        turn=plgpu.Barrier(num_barriers=MIXERS),
+    )
+
+
 def prefill_hopper(
     q: jax.Array,
     y: jax.Array,
@@ -451,32 +477,11 @@ def prefill_hopper(
         programs=min(PROGRAMS, plan.shape[0] * H), window=window, scale=scale, softcap=softcap,
         dtype=q.dtype,
     )  # fmt: skip
-    tiled = (plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(128))
-    # One place in two forms: the copy engine counts the rows of a tiled form in tiles of 8.
-    q_views = [
-        plgpu.SMEM((2, MIXERS, c.slices, ROWS, SLICE), q.dtype, transforms=transforms)
-        for transforms in (tiled, tiled[1:])
-    ]
-    pages = plgpu.SMEM((stages, tile, D), q.dtype, transforms=tiled)
-    arrived = plgpu.Barrier(num_arrivals=c.pieces, num_barriers=stages)
-    freed = plgpu.Barrier(num_arrivals=MIXERS, num_barriers=stages)
     y_ref = jax.new_ref(y)
     plgpu.kernel(
         functools.partial(_kernel, c),
         out_type=(),
-        scratch_types=_Shared(
-            q_views=plgpu.RefUnion(*q_views),
-            y_tiles=plgpu.SMEM((MIXERS, ROWS, D), q.dtype),
-            k_tiles=pages,
-            v_tiles=pages,
-            q_arrived=plgpu.Barrier(num_arrivals=c.slices, num_barriers=2 * MIXERS),
-            k_arrived=arrived,
-            v_arrived=arrived,
-            q_freed=plgpu.Barrier(num_arrivals=MIXERS, num_barriers=2),
-            k_freed=freed,
-            v_freed=freed,
-            turn=plgpu.Barrier(num_barriers=MIXERS),
-        ),
+        scratch_types=_scratch(c),
         grid=(c.programs,),
         grid_names=("program",),
         num_threads=MIXERS + 1,
