@@ -4,7 +4,7 @@ import os
 
 import jax
 
-from octavo.backends import cpu, gpu
+from octavo.backends import cpu, gpu, tpu
 from octavo.backends.record import Backend, BackendError
 
 
@@ -32,4 +32,11 @@ def select(device: str = "auto") -> Backend:
                 "install octavo[cuda], or use --device cpu"
             )
         return gpu.backend(f"gpu: our own paged attention, XLA for the rest ({asked})")
+    if device == "tpu":
+        if found != "tpu":
+            raise BackendError(
+                f"no tpu is visible to jax, which found {found}; "
+                "install octavo[tpu] on a TPU VM, or use --device cpu"
+            )
+        return tpu.backend(f"tpu: our own paged attention, XLA for the rest ({asked})")
     raise BackendError(f"no backend record for {device} yet; use --device cpu")

@@ -144,8 +144,27 @@ def problem_of(text: str, schema: dict[str, Any]) -> str:
         value = json.loads(text)
     except ValueError as error:
         return f"not JSON ({error})"
-    worst = jsonschema.exceptions.best_match(validator(schema).iter_errors(value))
+    worst = jsonschema.exceptions.best_match(validator(as_ecma(schema)).iter_errors(value))
     return "" if worst is None else str(worst.message)
+
+
+def as_ecma(schema: Any) -> Any:
+    """A copy whose patterns mean to Python what they mean to JavaScript."""
+    if isinstance(schema, list):
+        return [as_ecma(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {key: as_ecma(value) for key, value in schema.items()}
+    if isinstance(schema.get("pattern"), str):
+        out["pattern"] = _ascii(schema["pattern"])
+    if isinstance(schema.get("patternProperties"), dict):
+        out["patternProperties"] = {_ascii(k): v for k, v in out["patternProperties"].items()}
+    return out
+
+
+def _ascii(pattern: str) -> str:
+    classes = {"d": "[0-9]", "D": "[^0-9]", "w": "[0-9A-Za-z_]", "W": "[^0-9A-Za-z_]"}
+    return re.sub(r"\\([dDwW])", lambda found: classes[found[1]], pattern)
 
 
 def _lists(tally: Tally) -> list[tuple[str, list[str]]]:

@@ -20,7 +20,7 @@ from typing import Any
 PORT = 8766
 URL = f"http://127.0.0.1:{PORT}"
 MODEL = "smollm2-135m"
-FLAGS = ["--num-pages", "705", "--max-model-len", "2048", "--max-num-seqs", "24"]
+FLAGS = ["--num-pages", "481", "--max-model-len", "2048", "--max-num-seqs", "24"]
 FLAGS += ["--shutdown-timeout", "1"]
 QUESTION = "What is the capital of France?"
 FOLLOW_UP = "Write a letter to a friend about a long walk through the city."
@@ -71,11 +71,14 @@ def draw(page: Any, path: Path) -> None:
     page.click("text=Settings")
     page.press("#input", "Enter")
     page.wait_for_selector(".answer:not(.waiting):not(.writing)", timeout=120_000)
-    page.wait_for_timeout(20_000)  # a minute's curve begins to show
+    page.wait_for_timeout(35_000)  # a minute's curve begins to show
     page.fill("#input", FOLLOW_UP)
     page.press("#input", "Enter")
     page.mouse.move(300, 500)
-    page.wait_for_timeout(20_000)
+    for _ in range(100):  # until there is something to read, 50 seconds at most
+        page.wait_for_timeout(500)
+        if len(page.inner_text(".answer:last-child .text")) > 420:
+            break
     page.screenshot(path=str(path))
 
 

@@ -1,18 +1,20 @@
-"""Write the table of settings into docs/configuration.md, between its markers."""
+"""Write the tables of settings into docs/configuration.md and docs/serving.md."""
 
 from pathlib import Path
 
 from octavo.engine.config import settings_table
+from octavo.server.settings import flags_table
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- settings -->\n", "<!-- /settings -->"
 
 
 def main() -> None:
-    """Replace what stands between the markers."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}{settings_table()}{END}{after}")
+    """Replace what stands between the markers of each page."""
+    for name, table in (("configuration.md", settings_table()), ("serving.md", flags_table())):
+        page = DOCS / name
+        before, rest = page.read_text().split(BEGIN)
+        page.write_text(f"{before}{BEGIN}{table}{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

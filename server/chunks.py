@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from octavo.server.collect import Delta, ToolCall
 from octavo.server.protocol.sampling import Usage
 
 json = msgspec.json.Encoder().encode
@@ -72,9 +73,53 @@ class Chunks:
         ]
         return b"".join(parts)
 
+    def parts(
+        self,
+        delta: Delta,
+        logprobs: msgspec.Struct | None = None,
+        token_ids: Sequence[int] | None = None,
+        usage: Usage | None = None,
+    ) -> bytes:
+        """A delta of a chat that has thoughts or calls, and what text and end come with them."""
+        pieces: list[dict[str, Any]] = []
+        if delta.reasoning:
+            pieces.append({"reasoning": delta.reasoning})
+        if delta.text:
+            pieces.append({"content": delta.text})
+        if delta.tool_calls:
+            pieces.append({"tool_calls": [_call(call) for call in delta.tool_calls]})
+        frames = [self._piece(delta.index, piece) for piece in pieces[:-1]]
+        last = (*(delta.finish or (None, None)), logprobs, token_ids, usage)
+        return b"".join([*frames, self._piece(delta.index, pieces[-1], *last)])
+
+    def _piece(
+        self,
+        index: int,
+        piece: dict[str, Any],
+        reason: str | None = None,
+        stop: int | str | None = None,
+        logprobs: msgspec.Struct | None = None,
+        token_ids: Sequence[int] | None = None,
+        usage: Usage | None = None,
+    ) -> bytes:
+        choice = {"index": index, "delta": piece, "logprobs": logprobs, "finish_reason": reason}
+        if reason is not None:
+            choice["stop_reason"] = stop
+        if token_ids is not None:
+            choice["token_ids"] = token_ids
+        return b"".join([self._head, json(choice), b"]", _field(b"usage", usage), b"}\n\n"])
+
     def usage(self, usage: Usage) -> bytes:
         """The last chunk, with no choices."""
         return self._head + b'],"usage":' + json(usage) + b"}\n\n"
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    """A piece of a call; the first says whose it is."""
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
 def _field(name: bytes, value: Any) -> bytes:

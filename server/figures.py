@@ -90,6 +90,10 @@ class Figures:
         self.refused: Counter[Labels] = Counter()  # (reason,)
         self.http: Counter[Labels] = Counter()  # (route, method, status)
 
+    def count_cut(self, status: int) -> None:
+        """A connection was refused with this status before a request was whole."""
+        self.http["none", "OTHER", str(status)] += 1
+
     def snapshot(self, process: str, open_requests: int) -> Snapshot:
         return Snapshot(
             {name: (h.counts, h.sum) for name, h in self.histograms.items()},

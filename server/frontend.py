@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.requests import Request
 
 from octavo.engine.config import EngineConfig
@@ -18,6 +19,7 @@ from octavo.engine.text.generation import RequestLimits, make_request
 from octavo.engine.text.opened import ModelText
 from octavo.engine.text.template import TemplateError
 from octavo.engine.text.tokenizer import Tokenizer
+from octavo.server.calls import mentioned, plainly
 from octavo.server.client import EngineClient, Generation
 from octavo.server.metrics import Metrics
 from octavo.server.observe import current
@@ -30,6 +32,7 @@ from octavo.server.protocol.sampling import GenerationRequest
 from octavo.server.protocol.structured import form_error
 from octavo.server.settings import ServerSettings
 from octavo.server.siblings import Siblings
+from octavo.server.speech import Speech
 from octavo.server.templates import RenderOrder, TemplateRoom
 
 LONGEST_TIMEOUT = 864_000  # seconds
@@ -116,6 +119,11 @@ class Frontend:
             config=config,
         )
         self.pooling = Pooling(text, client, self._timeout)
+        self.speech = Speech(
+            settings.tool_call_parser,
+            settings.reasoning_parser,
+            text.template.source if text.template is not None else "",
+        )
         self._text = text
         self.grammars = Checker(self._vocabulary, config.grammar_time_limit)
 
@@ -170,7 +178,7 @@ class Frontend:
         template = self._text.template
         if template is None and body.chat_template is None:
             raise bad_request(self._text.no_template, "messages")
-        messages = body.conversation()
+        messages, tools = self._conversation(body)
         variables = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", body.reasoning_effort)
@@ -180,6 +188,7 @@ class Frontend:
         try:
             if body.chat_template is not None:
                 variables |= {"documents": body.documents, "add_generation_prompt": wants_answer}
+                variables["tools"] = tools
                 variables["continue_final_message"] = bool(body.continue_final_message)
                 text = await self._render_given(body.chat_template, messages, variables)
             else:
@@ -188,6 +197,7 @@ class Frontend:
                     sum(len(message["content"]) for message in messages),
                     lambda: template.render(
                         messages,
+                        tools=tools,
                         documents=body.documents,
                         add_generation_prompt=wants_answer,
                         continue_final_message=bool(body.continue_final_message),
@@ -198,6 +208,25 @@ class Frontend:
             raise bad_request(str(error), "messages") from None
         tokens = await self.encode(text, bool(body.add_special_tokens))
         return Prompt(self._truncated(tokens, body), text)
+
+    def _conversation(
+        self, body: ChatCompletionRequest
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """Messages, and the tools for the template; in a message where it knows no tools."""
+        messages = body.conversation()
+        tools = msgspec.to_builtins(body.tools) if body.uses_tools else None
+        template = self.speech.template_has_tools
+        if body.chat_template is not None:
+            template = "tools" in body.chat_template
+        if template:
+            return messages, tools
+        messages = [plainly(message) for message in messages]
+        return (mentioned(messages, tools) if tools else messages), None
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens that a chat template may write."""
+        return list(self._tokenizer.special_tokens.values())
 
     async def _render_given(
         self, source: str, messages: list[dict[str, Any]], arguments: dict[str, Any]

@@ -74,7 +74,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(frontend, on_start=self._on_start),
-                http=protocol_within(_limits(settings)),
+                http=protocol_within(_limits(frontend)),
                 loop="uvloop",
                 ws="none",
                 ssl_context_factory=(lambda *_: tls) if tls is not None else None,
@@ -129,13 +129,15 @@ class HttpServer(uvicorn.Server):
         self._client.fail_all(unavailable("the server is shutting down"))
 
 
-def _limits(settings: ServerSettings) -> WireLimits:
+def _limits(frontend: Frontend) -> WireLimits:
+    settings = frontend.settings
     return WireLimits(
         header_bytes=settings.max_header_bytes,
         header_count=settings.max_header_count,
         header_timeout=settings.header_timeout,
         body_timeout=settings.body_timeout,
         write_timeout=settings.write_timeout,
+        on_refusal=frontend.client.figures.count_cut,
     )
 
 

@@ -20,6 +20,7 @@ import msgspec
 from octavo.server.protocol.responses import ResponseObject
 
 FILE = "responses.sqlite"
+OPEN_PATIENCE = 5.0  # seconds
 ENDED = ("completed", "incomplete", "failed", "cancelled")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
@@ -74,11 +75,24 @@ class ResponseStore:
     @property
     def _db(self) -> sqlite3.Connection:
         if self._opened is None:
-            self._opened = sqlite3.connect(self._path, timeout=10.0, isolation_level=None)
-            self._opened.execute("PRAGMA journal_mode=WAL")
-            self._opened.execute("PRAGMA synchronous=OFF")  # it ends with the server anyway
-            self._opened.executescript(SCHEMA)
+            self._opened = self._open()
         return self._opened
+
+    def _open(self) -> sqlite3.Connection:
+        database = sqlite3.connect(
+            self._path, timeout=10.0, isolation_level=None, check_same_thread=False
+        )
+        end = time.monotonic() + OPEN_PATIENCE
+        while True:
+            try:
+                database.execute("PRAGMA journal_mode=WAL")
+                database.execute("PRAGMA synchronous=OFF")  # it ends with the server anyway
+                database.executescript(SCHEMA)
+                return database
+            except sqlite3.OperationalError:  # another process is just opening it
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
 
     async def _do(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

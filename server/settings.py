@@ -1,6 +1,6 @@
 """ServerSettings: what a user decides about the endpoint; the engine has its own EngineConfig."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 
@@ -83,6 +83,17 @@ class ServerSettings:
         2.0, "SECONDS", "how long the template of a request may run"
     )
 
+    # Calls of tools, and thoughts.
+    tool_call_parser: str = setting(
+        "auto", "NAME", "how the model writes calls of tools; auto looks at its chat template"
+    )
+    reasoning_parser: str = setting(
+        "auto", "NAME", "how the model writes thoughts; auto looks at its chat template"
+    )
+    enable_auto_tool_choice: bool = setting(
+        False, "", "taken for other servers' command lines: the model may always choose tools here"
+    )
+
     # What is told.
     enable_log_requests: bool = setting(
         False, "", "log one line for each request: tokens and times, never text"
@@ -95,3 +106,14 @@ class ServerSettings:
     def names(self, model: str) -> list[str]:
         """The names that requests may use for the model; the first is the one in answers."""
         return self.served_model_name or [model]
+
+
+def flags_table() -> str:
+    """The flags as a Markdown table."""
+    rows = ["| Flag | Default | What it is |", "|---|---|---|"]
+    for f in fields(ServerSettings):
+        default = "" if f.default is MISSING else f.default
+        shown = {False: "off", True: "on"}[default] if isinstance(default, bool) else str(default)
+        flag = "--" + f.name.replace("_", "-")
+        rows.append(f"| `{flag}` | {f'`{shown}`' if shown else ''} | {f.metadata['help']} |")
+    return "\n".join(rows) + "\n"

@@ -43,6 +43,7 @@ class Checker:
         self._idle: list[_Helper] = []
         self._slow = threading.Semaphore(SLOW)
         self._lock = threading.Lock()
+        self._reading = threading.Lock()
         self._verdicts: OrderedDict[bytes, Future[Verdict]] = OrderedDict()
         self._closed = False
 
@@ -119,6 +120,7 @@ class Checker:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
+        with self._reading:  # takes a moment, in which others may ask for verdicts
             if self._frame is None:
                 self._frame = msgspec.msgpack.encode(self._vocabulary())
         return _Helper(self._frame)

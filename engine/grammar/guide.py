@@ -10,6 +10,7 @@ from octavo.engine.grammar.source import first_line
 
 # llguidance bounds the work of a compilation and of each mask by itself; its messages must not
 # show what else is in the matcher.
+TRIED = 4  # tokens of a text that a new grammar is tried with
 LIMITS = LLParserLimits(verbose_errors=False)
 
 
@@ -22,12 +23,20 @@ def compile_grammar(tokenizer: LLTokenizer, text: str) -> LLMatcher:
 
 
 def try_first(matcher: LLMatcher, size: int) -> None:
-    """Raises ValueError where not even the first token of a text can be chosen."""
+    """Raises ValueError where not even the first tokens of a text can be chosen."""
     matcher = matcher.deep_copy()
     words = np.zeros(mask_words(size), np.uint32)
-    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-    if matcher.is_error() or not words.any():
-        raise ValueError(reason(matcher) or "no text can have this form")
+    for _ in range(TRIED):
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if matcher.is_error() or not words.any():
+            raise ValueError(reason(matcher) or "no text can have this form")
+        word = int(np.argmax(words != 0))
+        lowest = int(words[word]) & -int(words[word])
+        matcher.consume_token(32 * word + lowest.bit_length() - 1)
+        if matcher.is_error():
+            raise ValueError(reason(matcher))
+        if matcher.is_stopped():
+            return
 
 
 def reason(matcher: LLMatcher) -> str:

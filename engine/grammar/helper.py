@@ -73,6 +73,9 @@ def main() -> None:
 
 
 def _limit_memory() -> None:
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
+    try:
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # not on Linux: the time limit has to do
+        return
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))

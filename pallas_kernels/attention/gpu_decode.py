@@ -7,8 +7,8 @@ ones are gathered from the shared pool, `tile` tokens at a time, by their page i
 
     row 0  |=========== 4 parts ===========|n      n: the new token, taken by the row's last part
     row 1  |==|n                                   parts: equal shares of one row's tokens, of about
-    row 2  (idle: no part)                         sum(tokens) / target each, so that short and long
-    row 3  |=======|n                              rows finish together
+    row 2  (idle: no part)                         sum(tokens) / target each, or finer where rows
+    row 3  |=======|n                              differ, so that all finish together
 
 One program per (part, key-value head): the G query heads that share it are padded to 16 rows of one
 matrix product. A row of one part writes its result; a row of several leaves (accumulator, maximum,
@@ -35,8 +35,8 @@ from octavo.pallas_kernels.attention.reference import KV
 LOG2E = 1.4426950408889634
 NOTHING = -1e30  # a maximum over no logits; finite, so that differences never make NaN
 ROWS = 16  # the smallest M of a tensor core product
-MERGED = 64  # parts that one merge iteration reads
-FINER = 4
+MERGED = 16  # parts that one merge iteration reads: more registers leave fewer programs resident
+FINER = 4  # times the parts, where rows differ much
 
 
 @flax.struct.dataclass
@@ -59,15 +59,14 @@ def plan_decode(batch: RaggedBatch, *, window: int, tile: int, target: int) -> D
     tokens = jnp.maximum(end - first, 0)
 
     alike = 2 * jnp.max(tokens) * jnp.sum(active) <= 3 * jnp.sum(tokens)
-    target *= FINER
-    span = pl.cdiv(jnp.sum(tokens), jnp.where(alike, target // FINER, target))
-    span = _round_up(span, tile)
+    most = FINER * target
+    span = _round_up(pl.cdiv(jnp.sum(tokens), jnp.where(alike, target, most)), tile)
     span = jnp.maximum(span, 2 * tile)  # shorter parts cost more to merge than they save
     count = jnp.maximum((tokens + span // 2) // span, 1) * active  # the nearest number
     size = _round_up(pl.cdiv(tokens, jnp.maximum(count, 1)), tile)
     ends = jnp.cumsum(count)
 
-    part = jnp.arange(count.shape[0] + target, dtype=jnp.int32)
+    part = jnp.arange(count.shape[0] + most, dtype=jnp.int32)
     row = jnp.sum(ends[None, :] <= part[:, None], axis=1, dtype=jnp.int32)  # R where unused
     safe = jnp.minimum(row, count.shape[0] - 1)
     index = part - (ends - count)[safe]
@@ -100,6 +99,16 @@ def _round_up(x, multiple: int):
     return pl.cdiv(x, multiple) * multiple
 
 
+def _gather(pages, where):
+    """What _stream does, for the interpreter, which has no such loads."""
+    return pages[where]
+
+
+def _stream(pages, where):
+    """Rows of the pages, each read once: they leave the caches to others."""
+    return plt.load(pages.at[where], eviction_policy="evict_first")
+
+
 def log2(n: int) -> int:
     """Of a power of two."""
     return n.bit_length() - 1
@@ -122,8 +131,9 @@ def cap(x, softcap: float):
 
 def _kernel(parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, k_pages, v_pages,
             y_ref, k_out, v_out, acc_ref, max_ref, sum_ref, *,
-            G, S, tile, scale, softcap, prefetch):  # fmt: skip
+            G, S, tile, scale, softcap, prefetch, interpret):  # fmt: skip
     head, part, K = pl.program_id(0), pl.program_id(1), k_ref.shape[1]
+    stream = _gather if interpret else _stream
     row = parts_ref[part, 0]
 
     @pl.when(row < table_ref.shape[0])
@@ -136,7 +146,7 @@ def _kernel(parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, k_pages, v_page
             t = jnp.minimum(low + i * tile + jnp.arange(tile), jnp.maximum(high - 1, 0))
             page, offset = table_ref[row, t >> log2(S)], t & (S - 1)
             where = (page * K + head) * S + offset
-            return k_pages[where], v_pages[where]  # [tile, D] each
+            return stream(k_pages, where), stream(v_pages, where)  # [tile, D] each
 
         def logits(k):
             return cap(dot(q, k, (1, 1)) * (scale * LOG2E), softcap)
@@ -248,7 +258,14 @@ def decode(
     flat = (P * K * S, D)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     body = functools.partial(
-        _kernel, G=H // K, S=S, tile=tile, scale=scale, softcap=softcap, prefetch=prefetch
+        _kernel,
+        G=H // K,
+        S=S,
+        tile=tile,
+        scale=scale,
+        softcap=softcap,
+        prefetch=prefetch,
+        interpret=interpret,
     )
     y, k_flat, v_flat, acc, top, total = _call(
         body,
@@ -264,7 +281,7 @@ def decode(
         (R, H),
         (plan.rows, acc, top, total, y),
         jax.ShapeDtypeStruct(q.shape, q.dtype),
-        aliases={4: 0}, warps=4, name="merge_decode", interpret=interpret,
+        aliases={4: 0}, warps=2, name="merge_decode", interpret=interpret,
     )  # fmt: skip
     return y, KV(k=k_flat.reshape(P, K, S, D), v=v_flat.reshape(P, K, S, D))
 

@@ -282,11 +282,12 @@ def _begin(c: _Static, m: _Shared, mine, walk) -> _Softmax:
     return _Softmax(p.astype(c.dtype), top, total)
 
 
-def _advance(c: _Static, m: _Shared, mine, acc, p, top, total, half, done, ahead):
+def _advance(c: _Static, m: _Shared, mine, acc, soft: _Softmax, half, done, ahead):
     """Add the values of tile `done` - 1, and meanwhile take the softmax of tile `done`.
 
-    Returns the accumulator, the softmax after `top` and `total`, and what to shrink by.
+    Returns the accumulator, the softmax that goes on from `soft`, and what to shrink by.
     """
+    p, top, total = soft
     stage, before = (lax.rem(i, jnp.int32(c.stages)) for i in (done, done - 1))
     plgpu.barrier_wait(m.k_arrived.at[stage])
     plgpu.barrier_wait(m.turn.at[mine])
@@ -326,9 +327,7 @@ def _mix(c: _Static, m: _Shared, mine, walk, following, turn, done, soft: _Softm
     def step(n, carry, masked):
         acc, soft = carry
         ahead = _ahead(c, walk, mine, n) if masked else None
-        acc, soft, shrink = _advance(
-            c, m, mine, acc, soft.p, soft.top, soft.total, half, done + n, ahead
-        )
+        acc, soft, shrink = _advance(c, m, mine, acc, soft, half, done + n, ahead)
         return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), soft
 
     whole = lax.div(at + 1, jnp.int32(c.tile))  # tiles before it lie under the diagonal
@@ -346,8 +345,8 @@ def _mix(c: _Static, m: _Shared, mine, walk, following, turn, done, soft: _Softm
     plgpu.barrier_arrive(m.q_freed.at[half])
     plgpu.barrier_wait(m.q_arrived.at[(1 - half) * MIXERS + mine])
     ahead, total = _ahead(c, following, mine, 0), soft.total
-    top, none = _fresh(c)
-    acc, soft, _ = _advance(c, m, mine, acc, soft.p, top, none, 1 - half, done + count, ahead)
+    soft = _Softmax(soft.p, *_fresh(c))
+    acc, soft, _ = _advance(c, m, mine, acc, soft, 1 - half, done + count, ahead)
     part = jnp.where(walk.slot < 0, 0.0, 1 / jnp.maximum(total.sum(axis=1), 1e-30))
     return acc * lax.broadcast_in_dim(part, acc.shape, [0]), soft
 

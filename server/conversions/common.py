@@ -1,12 +1,16 @@
 """What the conversions share."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
+
 from octavo.server.protocol.chat import ChatCompletionRequest
-from octavo.server.protocol.errors import ApiError, bad_request
+from octavo.server.protocol.errors import ApiError, bad_request, from_validation
 from octavo.server.protocol.sampling import GenerationRequest
+from octavo.server.protocol.tools import Tool
 
 OWN = ("stream_options",)  # about the form of the answer, which is not chat's
 
@@ -17,6 +21,11 @@ def chat_of(
     """A chat body with what `body` has in common with it, and `values`."""
     common = {f: getattr(body, f) for f in GenerationRequest.__struct_fields__ if f not in OWN}
     own = {k: v for k, v in values.items() if k in ChatCompletionRequest.__struct_fields__}
+    if own.get("tools"):
+        try:
+            own["tools"] = msgspec.convert(own["tools"], list[Tool])
+        except msgspec.ValidationError as error:
+            raise from_validation(error) from None
     return ChatCompletionRequest(messages=messages, **(common | own))
 
 
@@ -27,7 +36,7 @@ def own_names(names: dict[str, str]) -> Iterator[None]:
         yield
     except ApiError as error:
         for name, own in names.items():
-            error.message = error.message.replace(f"`{name}", f"`{own}")
+            error.message = re.sub(rf"`{re.escape(name)}(?=[`.\[])", f"`{own}", error.message)
             if error.param is not None and error.param.partition(".")[0] == name:
                 error.param = own + error.param[len(name) :]
         raise

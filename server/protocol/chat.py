@@ -6,6 +6,8 @@ import msgspec
 
 from octavo.server.protocol.errors import bad_request, not_yet
 from octavo.server.protocol.sampling import GenerationRequest, Usage
+from octavo.server.protocol.structured import asked_form
+from octavo.server.protocol.tools import Tool, check_calls, check_tools, chosen
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True):
@@ -19,8 +21,10 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    include_reasoning: bool | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None
@@ -28,11 +32,14 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
 
     def check(self) -> None:
         super().check()
-        for field in ("tools", "functions", "function_call", "audio"):
+        for field, instead in (
+            ("functions", "use `tools`"),
+            ("function_call", "use `tool_choice`"),
+            ("audio", "leave it out"),
+        ):
             if getattr(self, field):
-                raise not_yet(field, "leave it out")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise not_yet("tool_choice", "leave it out")
+                raise not_yet(field, instead)
+        self._check_tools()
         if self.modalities not in (None, ["text"]):
             raise not_yet("modalities", "only text is")
         if not self.messages:
@@ -44,6 +51,34 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
                 "`continue_final_message` and `add_generation_prompt` exclude each other",
                 "continue_final_message",
             )
+
+    def _check_tools(self) -> None:
+        check_tools(self.tools or [])
+        choice = self.tool_choice
+        if isinstance(choice, str) and choice not in ("none", "auto", "required"):
+            raise bad_request(
+                f"`tool_choice` must be none, auto, required or name a function, got {choice!r}",
+                "tool_choice",
+            )
+        if self.must_call:
+            if not self.tools:
+                raise bad_request("`tool_choice` needs `tools` to choose from", "tool_choice")
+            chosen(self.tool_choice, self.tools)
+            if asked_form(self)[1] is not None:
+                raise bad_request(
+                    f"`{self.form_field}` excludes a `tool_choice` that forces a call: send one",
+                    self.form_field,
+                )
+
+    @property
+    def must_call(self) -> bool:
+        """A tool must be called; a grammar sees to it."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, dict)
+
+    @property
+    def uses_tools(self) -> bool:
+        """Tools may be called."""
+        return bool(self.tools) and self.tool_choice != "none"
 
     @property
     def most_tokens(self) -> int | None:
@@ -61,6 +96,11 @@ def _message(i: int, message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise bad_request(f"`{where}.role` must be a string", f"{where}.role")
     content = message.get("content")
+    if message.get("tool_calls"):
+        message = check_calls(i, message)
+    thought = message.get("reasoning", message.get("reasoning_content"))
+    if isinstance(thought, str):  # templates know the second name
+        message = {**message, "reasoning_content": thought}
     if content is None:
         return {**message, "content": ""}
     if isinstance(content, str):
@@ -99,10 +139,23 @@ class ChoiceLogprobs(msgspec.Struct):
     content: list[TokenLogprob]
 
 
+class CalledFunction(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class MessageToolCall(msgspec.Struct):
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
 class ChatMessage(msgspec.Struct):
     role: str
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[MessageToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):

@@ -147,12 +147,21 @@ class Usage(msgspec.Struct):
     total_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: dict[str, int] | None = None
+    completion_tokens_details: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Usage:
-    details = {"cached_tokens": cached_tokens} if cached_tokens else None
-    total = prompt_tokens + completion_tokens
-    return Usage(prompt_tokens, total, completion_tokens, details)
+def usage_of(
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached_tokens: int = 0,
+    reasoning_tokens: int | None = None,
+) -> Usage:
+    usage = Usage(prompt_tokens, prompt_tokens + completion_tokens, completion_tokens)
+    if cached_tokens:
+        usage.prompt_tokens_details = {"cached_tokens": cached_tokens}
+    if reasoning_tokens is not None:
+        usage.completion_tokens_details = {"reasoning_tokens": reasoning_tokens}
+    return usage
 
 
 def check_logprobs(name: str, asked: int | None, limit: int) -> None:

@@ -11,11 +11,13 @@ from octavo.server.dialogue import Turn, begin
 from octavo.server.frontend import Frontend, RequestId
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
 from octavo.server.protocol.chat import (
+    CalledFunction,
     ChatChoice,
     ChatCompletionRequest,
     ChatCompletionResponse,
     ChatMessage,
     ChoiceLogprobs,
+    MessageToolCall,
 )
 from octavo.server.protocol.sampling import usage_of
 from octavo.server.respond import frontend_of, json_response, read_body
@@ -47,6 +49,19 @@ def _logprobs(body: ChatCompletionRequest, delta: Delta) -> ChoiceLogprobs | Non
     return chat_logprobs(delta.token_ids, delta.logprobs, top, as_ids)
 
 
+def _message(choice: Delta) -> ChatMessage:
+    message = ChatMessage(ROLE, choice.text)
+    if choice.reasoning:
+        message.reasoning = choice.reasoning
+    if choice.tool_calls:
+        message.content = choice.text or None
+        message.tool_calls = [
+            MessageToolCall(call.id or "", CalledFunction(call.name or "", call.arguments))
+            for call in choice.tool_calls
+        ]
+    return message
+
+
 def _whole(
     turn: Turn, frontend: Frontend, name: RequestId, choices: list[Delta]
 ) -> ChatCompletionResponse:
@@ -60,7 +75,7 @@ def _whole(
         choices=[
             ChatChoice(
                 index=choice.index,
-                message=ChatMessage(ROLE, choice.text),
+                message=_message(choice),
                 logprobs=_logprobs(body, choice),
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
@@ -68,7 +83,7 @@ def _whole(
             )
             for choice in choices
         ],
-        usage=usage_of(len(prompt.token_ids), generated, cached),
+        usage=usage_of(len(prompt.token_ids), generated, cached, turn.reasoning_tokens),
         prompt_logprobs=prompt_logprobs(choices[0].prompt_logprobs) if choices else None,
         prompt_token_ids=prompt.token_ids if body.return_token_ids else None,
     )
@@ -91,12 +106,16 @@ async def _stream(turn: Turn, frontend: Frontend, name: RequestId) -> AsyncItera
                 frames.append(chunks.role(delta.index, prompt_ids))
             logprobs = _logprobs(body, delta)
             token_ids = delta.token_ids if body.return_token_ids else None
-            usage = usage_of(asked, generated, cached) if body.continuous_usage else None
-            if delta.text or delta.finish or logprobs or token_ids:
+            usage = None
+            if body.continuous_usage:
+                usage = usage_of(asked, generated, cached, turn.reasoning_tokens)
+            if delta.reasoning or delta.tool_calls:
+                frames.append(chunks.parts(delta, logprobs, token_ids, usage))
+            elif delta.text or delta.finish or logprobs or token_ids:
                 frames.append(
                     chunks.text(delta.index, delta.text, delta.finish, logprobs, token_ids, usage)
                 )
         if frames:
             yield b"".join(frames)
     if body.include_usage:
-        yield chunks.usage(usage_of(asked, generated, cached))
+        yield chunks.usage(usage_of(asked, generated, cached, turn.reasoning_tokens))

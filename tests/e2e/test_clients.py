@@ -227,6 +227,24 @@ def test_models_are_listed_and_found(client: Any) -> None:
         client.models.retrieve("other")
 
 
+def test_an_unknown_model_is_not_found_in_any_api(client: Any, claude: Any) -> None:
+    said = CHAT.chat
+    for ask in (
+        lambda: client.chat.completions.create(model="other", messages=said),
+        lambda: client.completions.create(model="other", prompt="a"),
+        lambda: client.responses.create(model="other", input="a"),
+    ):
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            ask()
+    with pytest.raises(anthropic.NotFoundError, match="does not exist"):
+        claude.messages.create(model="other", max_tokens=1, messages=said)
+
+
+def test_probes_and_descriptions_answer(served: Server) -> None:
+    for path in ("/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs", "/"):
+        assert served.get(path).status_code == 200, path
+
+
 def test_tokens_of_a_prompt_and_back(served: Server) -> None:
     tokens = served.post("/tokenize", {"prompt": COMPLETION.prompt}).json()
     assert tokens["tokens"] == COMPLETION.input_ids and tokens["count"] == 5

@@ -112,10 +112,13 @@ def test_an_unknown_model_is_a_404(server: Server) -> None:
         server.openai().chat.completions.create(model="gpt-9", messages=HELLO)
 
 
+TWICE = {"type": "function", "function": {"name": "f"}}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tools", [TWICE, TWICE]),
         ("thinking_token_budget", 5),
         ("top_logprobs", 2),
         ("stream_options", {"include_usage": True}),

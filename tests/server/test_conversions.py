@@ -10,6 +10,7 @@ from octavo.server.conversions.common import own_names
 from octavo.server.protocol.errors import ApiError, bad_request
 from octavo.server.protocol.messages import MessagesRequest
 from octavo.server.protocol.responses import ResponsesRequest
+from octavo.server.protocol.tools import Tool
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOL = {
@@ -76,7 +77,7 @@ def test_a_conversation_with_tools_is_the_same_from_both() -> None:
         {"role": "assistant", "content": "b", "reasoning_content": "hm", "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
     ]
-    assert claude.tools == openai.tools == [TOOL]
+    assert claude.tools == openai.tools == [msgspec.convert(TOOL, Tool)]
 
 
 NAMED = {"type": "function", "function": {"name": "weather"}}
@@ -106,7 +107,7 @@ def test_only_the_allowed_tools_remain() -> None:
     tools: list = [{"type": "function", "name": name, "parameters": {}} for name in ("a", "b")]
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"name": "b"}]}
     chat = from_responses(tools=tools, tool_choice=allowed)
-    assert [tool["function"]["name"] for tool in chat.tools] == ["b"]
+    assert [tool.function.name for tool in chat.tools] == ["b"]
     assert chat.tool_choice == "required"
 
 

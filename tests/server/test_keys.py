@@ -54,6 +54,9 @@ def test_without_a_key_every_route_is_401_in_openais_shape(keyed, headers):
         error = refused.json()["error"]
         assert (error["type"], error["code"]) == ("AuthenticationError", 401)
         assert "missing or wrong" in error["message"]
+    anthropic = ask(keyed, "/v1/messages", **headers)
+    assert (anthropic.status_code, anthropic.json()["type"]) == (401, "error")
+    assert anthropic.json()["error"]["type"] == "authentication_error"
 
 
 def test_a_client_of_openai_understands_the_refusal(keyed):

@@ -89,7 +89,8 @@ def test_results_and_thoughts_of_earlier_turns_are_taken(server):
         },
     ]  # fmt: skip
     text = ask(server, messages=said, max_tokens=90).content[0].text
-    assert text.startswith("<user>hello<assistant>wait<tool>sunny<user>so?<assistant>")
+    result = "<user><tool_response>\nsunny\n</tool_response>"  # this template knows no tools
+    assert text.startswith(f"<user>hello<assistant>wait{result}<user>so?<assistant>")
 
 
 def test_a_last_message_of_the_assistant_is_gone_on_with(server):
@@ -158,6 +159,22 @@ def test_an_engine_error_after_the_first_token_is_an_error_event(server):
             seen.append(event.type)
     assert "content_block_delta" in seen
     assert body_of(caught)["error"] == {"type": "api_error", "message": "it was told to"}
+
+
+def test_a_key_is_asked_for_in_anthropics_shape(launch):
+    keyed = launch("--api-key", "secret")
+    body: Any = {"model": "tiny", "max_tokens": 1, "messages": HELLO}
+    with pytest.raises(anthropic.AuthenticationError) as caught:
+        client_of(keyed).messages.create(**body)
+    assert body_of(caught)["error"]["type"] == "authentication_error"
+    client = Anthropic(base_url=keyed.url, api_key="secret", max_retries=0)
+    assert client.messages.create(**body).stop_reason == "max_tokens"
+
+
+def test_a_wrong_method_is_told_in_anthropics_shape(server):
+    answer = server.get("/v1/messages")
+    assert answer.status_code == 405
+    assert answer.json()["type"] == "error" and answer.headers["request-id"]
 
 
 def test_a_full_queue_is_overloaded(launch):

@@ -1,5 +1,6 @@
 """The store of responses: its bounds, its time, several processes."""
 
+import asyncio
 import os
 import time
 
@@ -73,6 +74,12 @@ async def test_two_processes_see_the_same(store_of):
     assert found.items == [{"id": "i"}] and found.streams
     await other.ask_to_cancel("a")
     assert await one.unwanted(["a", "gone"]) == ["a", "gone"]
+
+
+async def test_many_may_open_it_at_once(store_of):
+    stores = [store_of() for _ in range(8)]
+    await asyncio.gather(*(store.put(response(str(i)), []) for i, store in enumerate(stores)))
+    assert await kept(stores[0], "01234567") == "01234567"
 
 
 async def test_work_of_a_process_that_ended_has_failed(store_of, monkeypatch):

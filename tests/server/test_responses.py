@@ -116,10 +116,12 @@ def test_every_kind_of_item_is_taken(server):
         {"type": "function_call_output", "call_id": "c", "output": "sunny"},
     ]
     response = client_of(server).responses.create(
-        model="tiny", input=said, instructions="kind", max_output_tokens=62
+        model="tiny", input=said, instructions="kind", max_output_tokens=180
     )
+    call = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
+    result = "<user><tool_response>\nsunny\n</tool_response>"  # this template knows no tools
     assert response.output_text.startswith(
-        "<system>kind\nbrief<user>a<assistant>b<tool>sunny<assistant>"
+        f"<system>kind\nbrief<user>a<assistant>b\n{call}{result}<assistant>"
     )
 
 

@@ -1,12 +1,11 @@
 """The flags of the endpoint: documented, checked, and passed on."""
 
-import re
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from octavo.server.settings import ServerSettings
+from octavo.server.settings import ServerSettings, flags_table
 from tests.server.conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
@@ -14,14 +13,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 def test_every_flag_is_documented_with_its_default():
     text = (ROOT / "docs/serving.md").read_text()
-    table = text.partition("<!-- settings -->")[2].partition("<!-- /settings -->")[0]
-    rows = re.findall(r"^\| `([^`]+)` \| (?:`(.*?)`)? ?\| (.*) \|$", table, re.MULTILINE)
-    wanted = []
+    table = text.partition("<!-- settings -->\n")[2].partition("<!-- /settings -->")[0]
+    assert table == flags_table(), "run python scripts/write_settings_table.py"
     for f in fields(ServerSettings):
-        default = f.default if f.default is not MISSING else ""
-        shown = {False: "off", True: "on"}[default] if isinstance(default, bool) else str(default)
-        wanted.append(("--" + f.name.replace("_", "-"), shown, f.metadata["help"]))
-    assert rows == wanted
+        assert f"\n| `--{f.name.replace('_', '-')}` |" in table
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,15 @@ def test_too_many_headers_are_431(strict):
     assert error["message"] == "the request has more than 20 headers"
 
 
+def test_what_was_refused_before_it_was_a_request_is_counted(strict):
+    name = 'octavo:http_requests_total{engine="0",method="OTHER",model_name="tiny",route="none"'
+    before = strict.metric(f'{name},status="431"}}')
+    with connect(strict) as c:
+        c.sendall(post(b"{}", "x-long: " + "a" * 5000))
+        read_all(c)
+    assert strict.metric(f'{name},status="431"}}') == before + 1
+
+
 def test_headers_that_are_too_large_are_431(strict):
     with connect(strict) as c:
         c.sendall(post(b"{}", "x-long: " + "a" * 5000))
@@ -212,7 +221,7 @@ def sockets(server):
 
 def test_a_client_that_reads_nothing_is_cut_off(launch):
     server = launch("--write-timeout=1", "--keep-alive-timeout=600")
-    server.get("/ready")
+    time.sleep(0.5)  # until the connection that asked whether it is ready is gone
     before = sockets(server)
     with connect(server) as c:
         c.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)

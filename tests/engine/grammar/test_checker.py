@@ -46,6 +46,12 @@ def test_no_text_at_all_is_refused(checker: Checker) -> None:
         checker.check(form(json={"$ref": "#"}))
 
 
+def test_what_would_fail_at_its_first_tokens_is_refused(checker: Checker) -> None:
+    names = {f"k{i}": {"type": "string"} for i in range(1500)}
+    with pytest.raises(ParameterError, match="max is 2000"):
+        checker.check(form(json={"type": "object", "properties": names}))
+
+
 def test_what_is_too_slow_is_ended_in_time_and_the_next_goes_on(checker: Checker) -> None:
     before = helpers(checker)
     began = time.monotonic()

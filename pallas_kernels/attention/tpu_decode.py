@@ -1,0 +1,404 @@
+"""Decode on a TPU: one new token for each of many rows, written and attended in one walk.
+
+    row 0:  chunk 0  chunk 1  chunk 2 | row 1:  chunk 0 | row 2:  chunk 0  chunk 1 | ...
+            ------------------------- one flat walk over all rows' chunks -------------------------
+
+    step i:  start the page ids of item i + 4        HBM -> SMEM
+             start the pages of item i + 3           HBM -> the buffer of slot (i + 3) % 4
+             wait for the pages of item i, attend
+
+Four buffers have names of their own, so that the compiler sees that the copies into one and the
+reads of another never meet: the scalar work of starting page copies (some 16 a chunk where pages
+are small) then shares its instruction bundles with the arithmetic. Copies are not checked for
+bounds, page ids come from the engine's own table: with the checks, 16-token pages cost seven times
+as much.
+
+8-bit keys and values are never unpacked. The few query rows are split into two 8-bit rows instead,
+x = hi + lo / 16 or / 254, and so are the probabilities: about as exact as bfloat16.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from octavo.pallas_kernels.attention.tpu_layout import LANES, Layout
+
+SLOTS = 4  # chunks in flight, one of them being attended to
+RING = 2 * SLOTS
+MASKED = -1e30
+LOG2E = 1.4426950408889634
+IDS = 128  # page ids that one copy brings: the least that SMEM copies take is 512 bytes
+
+
+def chunk_tokens(page_size: int, dtype: jax.typing.DTypeLike) -> int:
+    """C tokens that are attended to at once: large enough to amortize, small for short rows."""
+    return max(page_size, 512 if jnp.dtype(dtype).itemsize > 1 else 1024)
+
+
+def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array, float]:
+    """hi, lo and the factor of lo, both of an 8-bit dtype, for f32 x within its range."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        hi, factor = jnp.round(x), 254.0
+        return hi.astype(dtype), jnp.round((x - hi) * factor).astype(dtype), 1 / factor
+    hi = x.astype(dtype)
+    return hi, ((x - hi.astype(jnp.float32)) * 16).astype(dtype), 1 / 16
+
+
+def most(dtype: Any) -> float:
+    """What |x| is scaled to before it is split."""
+    return 127.0 if jnp.issubdtype(dtype, jnp.integer) else 256.0
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """f32 product; 8-bit integers sum exactly in i32."""
+    kind = jnp.int32 if jnp.issubdtype(a.dtype, jnp.integer) else jnp.float32
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=kind).astype(jnp.float32)
+
+
+def _kernel(
+    # SMEM
+    walk: Any,  # i32[2] rows to visit, chunks in all
+    order: Any,  # i32[R] the rows to visit
+    first: Any,  # i32[R] the first chunk that a row sees
+    length: Any,  # i32[R] tokens with the new one
+    dest: Any,  # i32[R] page * S + offset of the new token
+    # HBM
+    table: Any,  # i32[R, M'] page ids, M' a multiple of IDS
+    q_hbm: Any,  # [R, units, rows or 2 rows, lanes]
+    unit_hbm: Any,  # f32[R, units * rows, LANES] what a query row was divided by
+    new_hbm: Any,  # [R, tiles, W]
+    pages_in: Any,  # [P, tiles, S, W], aliased with `pages`
+    out_hbm: Any,  # [R, units, rows, lanes]
+    pages: Any,
+    *scratch: Any,
+    layout: Layout,
+    C: int,
+    S: int,
+    window: int,
+    softcap: float,
+) -> None:
+    buffers, rest = scratch[:SLOTS], scratch[SLOTS:]
+    ids, ring, q, unit, new, out, m, norm, acc, sems = rest
+    page_sem, id_sem, out_sem, write_sem = (sems.at[kind, 0] for kind in (0, 1, 3, 4))
+    row_sem = sems.at[2]
+    del pages_in
+    rows, total = walk[0], walk[1]
+    per, shift = C // S, S.bit_length() - 1
+    dtype = buffers[0].dtype
+    small = jnp.dtype(dtype).itemsize == 1
+    R = layout.rows
+
+    def row_of(i: Any) -> Any:
+        return order[jnp.minimum(ring[0, i % RING], order.shape[0] - 1)]
+
+    def count(i: Any) -> Any:
+        """Pages of item i that hold tokens before the new one, or the new one's."""
+        left = length[row_of(i)] - ring[1, i % RING] * C
+        return jnp.clip((left + S - 1) >> shift, 0, per)
+
+    def id_copy(i: Any, slot: int) -> Any:
+        at = ring[1, i % RING] * per // IDS * IDS
+        source = table.at[row_of(i), pl.ds(pl.multiple_of(at, IDS), IDS)]
+        return pltpu.make_async_copy(source, ids.at[slot], id_sem.at[slot])
+
+    def start_ids(i: Any, slot: int) -> None:
+        """Place the cursor of item i and fetch its page ids."""
+        before = (i + RING - 1) % RING
+        n, c = ring[0, before], ring[1, before] + 1
+        over = (n < 0) | (c * C >= length[order[jnp.clip(n, 0, order.shape[0] - 1)]])
+        n = jnp.where(over, n + 1, n)
+        ring[0, i % RING] = n
+        ring[1, i % RING] = jnp.where(over, first[order[jnp.minimum(n, order.shape[0] - 1)]], c)
+
+        @pl.when(i < total)
+        def _() -> None:
+            id_copy(i, slot).start()
+
+    def start_pages(i: Any, slot: int) -> None:
+        @pl.when(i < total)
+        def _() -> None:
+            id_copy(i, slot).wait()
+
+        n = jnp.where(i < total, count(i), 0)
+        base = ring[1, i % RING] * per % IDS
+        for j in range(per):
+
+            @pl.when(j < n)
+            def _(j: int = j) -> None:
+                into = buffers[slot].at[:, pl.ds(j * S, S)]
+                pltpu.make_async_copy(
+                    pages.at[ids[slot, base + j]], into, page_sem.at[slot]
+                ).start()
+
+    def wait_pages(i: Any, slot: int) -> None:
+        n, bit = count(i), per
+        while bit:  # any number of pages in a few waits of static sizes
+
+            @pl.when((n & bit) != 0)
+            def _(bit: int = bit) -> None:
+                part = buffers[slot].at[:, pl.ds(0, bit * S)]
+                pltpu.make_async_copy(part, part, page_sem.at[slot]).wait()
+
+            bit //= 2
+
+    def row_copies(n: Any) -> list[Any]:
+        row, side = order[jnp.minimum(n, order.shape[0] - 1)], n % 2
+        copies = [
+            pltpu.make_async_copy(q_hbm.at[row], q.at[side], row_sem.at[0, side]),
+            pltpu.make_async_copy(new_hbm.at[row], new.at[side], row_sem.at[1, side]),
+        ]
+        if small:
+            copies.append(
+                pltpu.make_async_copy(unit_hbm.at[row], unit.at[side], row_sem.at[2, side])
+            )
+        return copies
+
+    def start_row(n: Any) -> None:
+        @pl.when(n < rows)
+        def _() -> None:
+            for copy in row_copies(n):
+                copy.start()
+
+    def out_copy(n: Any) -> Any:
+        row = order[jnp.clip(n, 0, order.shape[0] - 1)]
+        return pltpu.make_async_copy(out.at[n % 2], out_hbm.at[row], out_sem.at[n % 2])
+
+    def write_back(i: Any, slot: int) -> Any:
+        at = dest[row_of(i)]
+        inside = (length[row_of(i)] - 1 - ring[1, i % RING] * C) >> shift
+        part = buffers[slot].at[:, pl.ds(pl.multiple_of(inside * S, S), S)]
+        return pltpu.make_async_copy(part, pages.at[at >> shift], write_sem.at[slot])
+
+    def is_last(i: Any) -> Any:
+        return (ring[1, i % RING] + 1) * C >= length[row_of(i)]
+
+    def merge(i: Any, slot: int) -> None:
+        """Put the new token into its page, here and in HBM."""
+        side = ring[0, i % RING] % 2
+        position = length[row_of(i)] - 1
+        at = pl.multiple_of((position - ring[1, i % RING] * C) >> shift << shift, S)
+        for tile in range(layout.tiles):
+            old = buffers[slot][tile, pl.ds(at, S)]
+            here = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) == (position & (S - 1))
+            row = new[side, tile, :][None]
+            merged = jnp.where(here, row.astype(jnp.float32), old.astype(jnp.float32))
+            buffers[slot][tile, pl.ds(at, S)] = merged.astype(dtype)
+        write_back(i, slot).start()
+
+    def attend(i: Any, slot: int) -> None:
+        side = ring[0, i % RING] % 2
+        start, end = ring[1, i % RING] * C, length[row_of(i)]
+        j = jax.lax.broadcasted_iota(jnp.int32, (R, C), 1) + start
+        seen = j < end
+        if window:
+            seen &= j > end - 1 - window
+        logits = []
+        for u in range(layout.units):
+            k = jnp.concatenate([buffers[slot][t] for t in layout.key_tiles(u)], axis=-1)
+            s = _dot(q[side, u], k, (1, 1))
+            if small:
+                s = s[:R] + s[R:] * split(jnp.zeros(()), dtype)[2]
+                s = s * unit[side, u * R : (u + 1) * R, :1]
+            if softcap:
+                s = (softcap * LOG2E) * jnp.tanh(s * (1 / (softcap * LOG2E)))
+            logits.append(jnp.where(seen, s, MASKED))
+        for u, s in enumerate(logits):
+            before = m[u]
+            peak = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
+            p = jnp.exp2(s - peak[:, :1])
+            decay = jnp.exp2(before - peak)
+            norm[u] = norm[u] * decay + jnp.sum(p, axis=-1, keepdims=True)
+            m[u] = peak
+            v = jnp.concatenate([buffers[slot][t] for t in layout.value_tiles(u)], axis=-1)
+            if small:
+                hi, lo, factor = split(p * most(dtype), dtype)
+                y = _dot(jnp.concatenate([hi, lo]), v, (1, 0))
+                y = y[:R] + y[R:] * factor
+            else:
+                y = _dot(p.astype(dtype), v, (1, 0))
+            acc[u] = acc[u] * decay[:, :1] + y
+
+    def step(i: Any, slot: int) -> None:
+        n = ring[0, i % RING]
+        before = (slot + SLOTS - 1) % SLOTS
+
+        @pl.when((i > 0) & is_last((i + RING - 1) % RING))
+        def _() -> None:  # its buffer is about to be filled again
+            write_back((i + RING - 1) % RING, before).wait()
+
+        begins = ring[1, i % RING] == first[row_of(i)]
+
+        @pl.when(begins)
+        def _() -> None:
+            for copy in row_copies(n):
+                copy.wait()
+            start_row(n + 1)
+            m[...] = jnp.full_like(m, MASKED)
+            norm[...] = jnp.zeros_like(norm)
+            acc[...] = jnp.zeros_like(acc)
+
+        wait_pages(i, slot)
+
+        @pl.when(is_last(i))
+        def _() -> None:
+            merge(i, slot)
+
+        start_pages(i + SLOTS - 1, before)
+        attend(i, slot)
+
+        @pl.when(is_last(i))
+        def _() -> None:
+            @pl.when(n >= 2)
+            def _() -> None:
+                out_copy(n - 2).wait()
+
+            scale = 1 / most(dtype) if small else 1.0
+            y = acc[...] * (scale / norm[...][..., :1])
+            out[n % 2] = y.astype(out.dtype)
+            out_copy(n).start()
+
+        start_ids(i + SLOTS, slot)
+
+    # Before the first item, a cursor that the first step of the walk moves to row 0.
+    ring[0, RING - 1] = -1
+    ring[1, RING - 1] = -1
+    start_row(jnp.int32(0))
+    for i in range(SLOTS):
+        start_ids(jnp.int32(i), i)
+
+        @pl.when((i < total) & (count(jnp.int32(i)) < per))
+        def _(i: int = i) -> None:  # what was never written may be no number, and 0 times that too
+            values = [tile for u in range(layout.units) for tile in layout.value_tiles(u)]
+            for tile in dict.fromkeys(values):
+                buffers[i][tile] = jnp.zeros_like(buffers[i][tile])
+
+    for i in range(SLOTS - 1):
+        start_pages(jnp.int32(i), i)
+
+    def turn(g: Any, _: None) -> None:
+        for slot in range(SLOTS):
+            i = g * SLOTS + slot
+
+            @pl.when(i < total)
+            def _(i: Any = i, slot: int = slot) -> None:
+                step(i, slot)
+
+    jax.lax.fori_loop(0, (total + SLOTS - 1) // SLOTS, turn, None)
+
+    for slot in range(SLOTS):
+
+        @pl.when((total > 0) & ((total - 1) % SLOTS == slot))
+        def _(slot: int = slot) -> None:
+            write_back(total - 1, slot).wait()
+
+    for back in (2, 1):
+
+        @pl.when(rows >= back)
+        def _(back: int = back) -> None:
+            out_copy(rows - back).wait()
+
+
+def plan(
+    length: jax.Array, active: jax.Array, C: int, window: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """walk i32[2], order i32[R], first i32[R]: the same for every layer of a group."""
+    rank = jnp.cumsum(active.astype(jnp.int32)) - 1
+    R = length.shape[0]
+    order = (
+        jnp.zeros(R, jnp.int32)
+        .at[jnp.where(active, rank, R)]
+        .set(jnp.arange(R, dtype=jnp.int32), mode="drop")
+    )
+    first = jnp.maximum(length - window, 0) // C if window else jnp.zeros_like(length)
+    chunks = jnp.where(active, -(-length // C) - first, 0)
+    walk = jnp.stack([jnp.sum(active, dtype=jnp.int32), jnp.sum(chunks, dtype=jnp.int32)])
+    return walk, order, first
+
+
+@functools.partial(
+    jax.jit, static_argnames=("layout", "window", "scale", "softcap", "chunk", "interpret")
+)
+def decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    table: jax.Array,
+    length: jax.Array,
+    active: jax.Array,
+    dest: jax.Array,
+    *,
+    layout: Layout,
+    window: int,
+    scale: float,
+    softcap: float,
+    chunk: int = 0,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Write one token a row and attend to it and all before it.
+
+    q [R, H, D], k and v [R, K, D], pages [P, tiles, S, W], table i32[R, M], length i32[R] with the
+    new token, active bool[R], dest i32[R] = page * S + offset. Returns y [R, H, D], zeros where a
+    row is not active, and the pages.
+    """
+    S, dtype = pages.shape[2], pages.dtype
+    C = max(S, chunk) if chunk else chunk_tokens(S, dtype)
+    small = dtype.itemsize == 1
+    walk, order, first = plan(length, active, C, window)
+    scaled = q.astype(jnp.float32) * (scale * LOG2E)
+    rows = layout.queries(scaled)
+    unit = jnp.ones((q.shape[0], layout.units * layout.rows, LANES), jnp.float32)
+    if small:
+        size = jnp.maximum(jnp.max(jnp.abs(rows), axis=-1, keepdims=True), 1e-20) / most(dtype)
+        hi, lo, _ = split(rows / size, dtype)
+        rows = jnp.concatenate([hi, lo], axis=2)
+        unit = jnp.broadcast_to(size.reshape(size.shape[0], -1, 1), unit.shape)
+    else:
+        rows = rows.astype(dtype)
+    new = layout.new_rows(k, v).astype(dtype)
+    ids = jnp.pad(table, [(0, 0), (0, -table.shape[1] % IDS)])
+    hbm, smem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.SMEM)
+    shape = (layout.units, layout.rows)
+    out, pages = pl.pallas_call(
+        functools.partial(_kernel, layout=layout, C=C, S=S, window=window, softcap=softcap),
+        name="tpu_decode",
+        in_specs=[smem] * 5 + [hbm] * 5,
+        out_specs=[hbm, hbm],
+        out_shape=[
+            jax.ShapeDtypeStruct((q.shape[0], *shape, layout.lanes), q.dtype),
+            jax.ShapeDtypeStruct(pages.shape, dtype),
+        ],
+        input_output_aliases={9: 1},
+        scratch_shapes=[
+            *[pltpu.VMEM((layout.tiles, C, layout.width), dtype)] * SLOTS,
+            pltpu.SMEM((SLOTS, IDS), jnp.int32),
+            pltpu.SMEM((2, RING), jnp.int32),
+            pltpu.VMEM((2, *rows.shape[1:]), dtype),
+            pltpu.VMEM((2, *unit.shape[1:]), jnp.float32),
+            pltpu.VMEM((2, *new.shape[1:]), dtype),
+            pltpu.VMEM((2, *shape, layout.lanes), q.dtype),
+            pltpu.VMEM((*shape, LANES), jnp.float32),
+            pltpu.VMEM((*shape, LANES), jnp.float32),
+            pltpu.VMEM((*shape, layout.lanes), jnp.float32),
+            pltpu.SemaphoreType.DMA((5, 3, SLOTS)),
+        ],
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        interpret=interpret,
+    )(
+        walk,
+        order,
+        first,
+        length,
+        dest,
+        ids,
+        rows,
+        unit,
+        new,
+        pages,
+    )
+    return jnp.where(active[:, None, None], layout.heads(out), 0), pages

@@ -1,0 +1,1 @@
+"""What a model's text means: thoughts, answers and calls of tools, read as the text comes."""

@@ -1,0 +1,89 @@
+"""Tools and what is said about them, in a chat body."""
+
+import json
+import re
+from typing import Any
+
+import msgspec
+
+from octavo.server.protocol.errors import bad_request
+
+MAX_TOOLS = 128
+_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+
+class Function(msgspec.Struct, kw_only=True, omit_defaults=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    type: str = "function"
+    function: Function
+
+
+def check_tools(tools: list[Tool]) -> None:
+    """ApiError names what is wrong with the list."""
+    if len(tools) > MAX_TOOLS:
+        raise bad_request(f"`tools` takes at most {MAX_TOOLS}, got {len(tools)}", "tools")
+    seen: set[str] = set()
+    for i, tool in enumerate(tools):
+        field, name = f"tools[{i}]", tool.function.name
+        if tool.type != "function":
+            raise bad_request(
+                f"`{field}.type` must be function, got {tool.type!r}: this server runs no tools",
+                f"{field}.type",
+            )
+        if not _NAME.fullmatch(name):
+            raise bad_request(
+                f"`{field}.function.name` must be 1 to 64 letters, digits or any of _ . -, "
+                f"got {name[:80]!r}",
+                f"{field}.function.name",
+            )
+        if name in seen:
+            raise bad_request(f"`tools` names the function {name} twice", "tools")
+        seen.add(name)
+        kind = (tool.function.parameters or {}).get("type", "object")
+        if kind != "object":
+            raise bad_request(
+                f"`{field}.function.parameters` must be the schema of an object, got {kind!r}",
+                f"{field}.function.parameters",
+            )
+
+
+def check_calls(i: int, message: dict[str, Any]) -> dict[str, Any]:
+    """An assistant's message with its earlier calls as a template wants them: arguments decoded."""
+    where = f"messages[{i}].tool_calls"
+    calls = message["tool_calls"]
+    if not isinstance(calls, list):
+        raise bad_request(f"`{where}` must be a list", where)
+    checked = []
+    for j, one in enumerate(calls):
+        function = one.get("function") if isinstance(one, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise bad_request(f"`{where}[{j}].function.name` must be a string", where)
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments) if arguments.strip() else {}
+            except (ValueError, RecursionError):
+                raise bad_request(f"`{where}[{j}].function.arguments` is not JSON", where) from None
+        if arguments is None:
+            arguments = {}
+        checked.append({**one, "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": checked}
+
+
+def chosen(tool_choice: Any, tools: list[Tool]) -> str:
+    """The name of the one function that must be called, "" where there is no such wish."""
+    if not isinstance(tool_choice, dict):
+        return ""
+    function = tool_choice.get("function", tool_choice)  # some clients leave the inner object out
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise bad_request("`tool_choice.function.name` must be a string", "tool_choice")
+    if name not in [tool.function.name for tool in tools]:
+        raise bad_request(f"`tool_choice` names `{name}`, which is not in `tools`", "tool_choice")
+    return name
