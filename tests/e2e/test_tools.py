@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import anthropic
+
 from tests.server.conftest import Server
 
 TOOLS: Any = [
@@ -76,3 +78,42 @@ def test_several_choices_each_make_their_call(served: Server) -> None:
     for choice in answer.choices:
         [call] = choice.message.tool_calls
         check(call.function.name, call.function.arguments)
+
+
+def test_the_other_apis_make_the_same_call(served: Server) -> None:
+    function = TOOLS[0]["function"]
+    said = ASKED["messages"]
+    responses = served.openai().responses.create(
+        model="smollm2-135m",
+        input="What is the weather in Paris?",
+        tools=[{"type": "function", **function}],
+        tool_choice="required",
+        temperature=0,
+        max_output_tokens=200,
+    )
+    [item] = [item for item in responses.output if item.type == "function_call"]
+    check(item.name, item.arguments)
+    client = anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0)
+    tool: Any = {
+        "name": "weather",
+        "description": function["description"],
+        "input_schema": function["parameters"],
+    }
+    asked: Any = {
+        "model": "smollm2-135m",
+        "messages": said,
+        "tools": [tool],
+        "tool_choice": {"type": "any"},
+        "max_tokens": 200,
+        "extra_body": {"temperature": 0},
+    }
+    message = client.messages.create(**asked)
+    assert message.stop_reason == "tool_use"
+    [block] = message.content
+    assert block.type == "tool_use"
+    check(block.name, json.dumps(block.input))
+    with client.messages.stream(**asked) as stream:
+        streamed = stream.get_final_message()
+    assert [part.model_dump(exclude={"id"}) for part in streamed.content] == [
+        block.model_dump(exclude={"id"})
+    ]
