@@ -35,7 +35,7 @@ class Build:
 
     def begin(self, backend: Backend, resolved: Resolved) -> None:
         """Start to compile."""
-        # No daemon of ours may hold up the end of a process whose weights could not be read.
+        # A daemon, so that it holds up no process whose weights could not be read.
         Thread(target=self._run, args=(backend, resolved), name="build", daemon=True).start()
 
     def _run(self, backend: Backend, resolved: Resolved) -> None:
