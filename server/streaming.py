@@ -77,6 +77,8 @@ class EventStream(Response):
         await send(start)
         try:
             async for chunk in self._chunks:
+                if not chunk:  # an empty one would say that the body ends
+                    continue
                 self._sent += 1
                 if not write(chunk):  # it waits for the reader, or there is no short way
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -161,3 +161,12 @@ def test_what_cannot_be_asked_is_a_400(server, body, message):
     answer = server.post("/v1/chat/completions", {"messages": say("x"), **body})
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
+
+
+def test_a_call_that_is_held_back_does_not_end_the_stream_of_messages(talker):
+    text = CALL
+    asked = {"model": "tiny", "messages": say(text), "max_tokens": len(text), "stream": True}
+    asked["tools"] = [{"name": "weather", "input_schema": WEATHER["function"]["parameters"]}]
+    events = talker().post("/v1/messages", asked).text
+    assert '"partial_json":"{\\"city\\": \\"Paris\\"}"' in events
+    assert events.rstrip().endswith('data: {"type":"message_stop"}')
