@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -186,6 +187,7 @@ class Workers:
 def main() -> None:
     """Entry of an API process that is a child: one JSON line on stdin says what to serve."""
     order = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     settings, config = ServerSettings(**order["settings"]), EngineConfig(**order["config"])
     set_up_logs(settings.log_json)
     listener = socket.socket(order["family"], socket.SOCK_STREAM, fileno=order["listener"])
@@ -203,6 +205,13 @@ def main() -> None:
         if order["number"] == 0:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(NO_ENGINE) from None
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin: without it nobody would ever stop this process."""
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(1)
 
 
 def _ended(pid: int) -> str | None:

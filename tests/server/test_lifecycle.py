@@ -187,3 +187,23 @@ def test_several_api_processes_share_one_port_and_one_engine(launch: Launch) -> 
     assert [t["choices"][0]["text"] for t in texts] == [(f"{i}," * 3)[:6] for i in range(12)]
     server.process.terminate()
     assert server.process.wait(PATIENCE) == 0
+
+
+def test_api_processes_end_with_the_process_that_started_them(launch):
+    server = launch("--api-server-count", "2")
+    parent = server.process.pid
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    assert len(children) == 3, "two API processes and the engine"
+    server.process.kill()
+    server.process.wait()
+    server.until(
+        lambda: not any(_runs(pid) for pid in children), f"{children} outlive their parent"
+    )
+
+
+def _runs(pid: str) -> bool:
+    """Whether a process is there and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
