@@ -1,4 +1,4 @@
-"""The TPU's record, without a TPU: what it refuses and predicts, and that its cache serves a model."""
+"""The record of TPUs, without one: what it refuses, and the bytes its cache takes."""
 
 from dataclasses import replace
 
