@@ -15,6 +15,7 @@ ENVIRONMENT = {  # libtpu looks for no TPU then
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device to share
 }
 SPILL = 8  # the column of stores of spilled registers
 BRANCH = 5  # bundles from a branch to its target

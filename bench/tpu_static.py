@@ -5,7 +5,7 @@
     python -m octavo.bench.tpu_static --check FILE       fail where a number grew by more than 3 %
     python -m octavo.bench.tpu_static --write FILE       keep the numbers of this libtpu
 
-The heads are Llama-3.1-8B's: 32 query heads, 8 KV heads of 128.
+The heads are Llama-3.1-8B's unless --heads says otherwise: 32 query, 8 KV heads of 128.
 
     decode    bundles of the walk per 2,048 tokens, on the path of a step that neither begins nor
               ends a row, and their share of the cycles that the copies of these tokens take
@@ -34,12 +34,12 @@ from octavo.bench.tpu_compile import (
 KINDS = {"bfloat16": (16, 128), "float8_e4m3fn": (32, 128), "int8": (32,)}
 TOKENS = 2048
 GROWTH = 1.03
-K, G, D = 8, 4, 128
+HEADS = (32, 8, 128)  # H, K, D
 Numbers = dict[str, int]
 
 
-def arguments(page: int, kind: str, rows: int = 16, chunk_tokens: int = 512) -> tuple[Any, ...]:
-    """Abstract q, k, v, cache and batch of one mixed step."""
+def arguments(page: int, kind: str, heads: tuple[int, int, int] = HEADS) -> tuple[Any, ...]:
+    """Abstract q, k, v, cache and batch of one mixed step: 16 rows and 512 chunk tokens."""
     import jax
     import jax.numpy as jnp
 
@@ -49,34 +49,42 @@ def arguments(page: int, kind: str, rows: int = 16, chunk_tokens: int = 512) -> 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    N, C, M = rows + chunk_tokens, 8, 128
+    H, K, D = heads
+    rows, C, M = 16, 8, 128
+    N = rows + 512
     ints = [(rows, M), (rows,), (rows,), (C,), (C,), (C,), (C,), (N,), (N,), (N,)]
     real = array(N, dtype=bool)
     batch = RaggedBatch(*[array(*shape) for shape in ints], real, page_size=page)
     cache = jax.eval_shape(lambda: tpu.init_kv(2000, page, K, D, kind))
-    heads = [array(N, h, D, dtype=jnp.bfloat16) for h in (K * G, K, K)]
-    return (*heads, cache, batch)
+    qkv = [array(N, h, D, dtype=jnp.bfloat16) for h in (H, K, K)]
+    return (*qkv, cache, batch)
 
 
-def measure(chip: str, kind: str, page: int, dump: Path) -> Numbers:
+def measure(
+    chip: str, kind: str, page: int, dump: Path, heads: tuple[int, int, int] = HEADS
+) -> Numbers:
     """Compile one mixed step and read its kernels' schedules; in libtpu's environment."""
     import jax.numpy as jnp
 
     from octavo.pallas_kernels.attention import tpu
     from octavo.pallas_kernels.attention.tpu_decode import SLOTS, chunk_tokens
+    from octavo.pallas_kernels.attention.tpu_layout import Layout
+
+    H, K, D = heads
+    layout = Layout(K, H // K, D)
 
     def step(*given: Any) -> Any:
         return tpu.attend(*given, window=0, scale=D**-0.5, softcap=0.0)
 
-    compile_for(chip, step, arguments(page, kind), donate=3)
+    compile_for(chip, step, arguments(page, kind, heads), donate=3)
     decode, prefill, write = (
         Schedule(dump, f"tpu_{name}") for name in ("decode", "prefill", "write")
     )
-    walked = SLOTS * chunk_tokens(page, kind)
-    bytes_ = TOKENS * 2 * K * D * jnp.dtype(kind).itemsize
+    walked = SLOTS * chunk_tokens(layout, page, kind)
+    size = TOKENS * layout.tiles * layout.width * jnp.dtype(kind).itemsize
     return {
         "decode": round(decode.hot_path(decode.loops()[-1]) * TOKENS / walked),
-        "copies": round(CHIPS[chip].copy_cycles(bytes_)),
+        "copies": round(CHIPS[chip].copy_cycles(size)),
         "decode all": decode.bundles,
         "decode spills": decode.spills,
         "prefill": prefill.hot_path(prefill.loops()[0]),
@@ -86,11 +94,11 @@ def measure(chip: str, kind: str, page: int, dump: Path) -> Numbers:
     }
 
 
-def child(chip: str, kinds: list[str], pages: list[int]) -> Iterator[tuple[str, Numbers]]:
-    """`measure` of one chip in a process of its own."""
+def child(chip: str, *choices: str) -> Iterator[tuple[str, Numbers]]:
+    """`measure` of one chip in a process of its own; choices as on the command line."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "octavo.bench.tpu_static", chip, "--dump", folder]
-        command += [f"--kind={kind}" for kind in kinds] + [f"--page={page}" for page in pages]
+        command += choices
         done = subprocess.run(
             command, env=environment(Path(folder)), stdout=subprocess.PIPE, text=True, check=True
         )
@@ -127,6 +135,7 @@ def main() -> None:
     parser.add_argument("chips", nargs="*", metavar="CHIP", help=f"of {', '.join(CHIPS)}")
     parser.add_argument("--kind", action="append", choices=list(KINDS))
     parser.add_argument("--page", action="append", type=int)
+    parser.add_argument("--heads", nargs=3, type=int, default=HEADS, metavar=("H", "K", "D"))
     parser.add_argument("--check", type=Path)
     parser.add_argument("--write", type=Path)
     parser.add_argument("--dump", type=Path, help=argparse.SUPPRESS)
@@ -136,11 +145,15 @@ def main() -> None:
         parser.error(f"no chip {', '.join(sorted(unknown))}; there are {', '.join(CHIPS)}")
     if libtpu_version() is None:
         parser.error(NO_LIBTPU)
+    heads = tuple(options.heads)
+    choices = ["--heads", *map(str, heads)]
+    choices += [f"--kind={kind}" for kind in options.kind or []]
+    choices += [f"--page={page}" for page in options.page or []]
     if options.dump:
         for kind in options.kind or KINDS:
             for page in KINDS[kind]:
                 if not options.page or page in options.page:
-                    numbers = measure(chips[0], kind, page, options.dump)
+                    numbers = measure(chips[0], kind, page, options.dump, heads)
                     name = f"{chips[0]} {kind} page {page}"
                     print(json.dumps({"name": name, "numbers": numbers}), flush=True)
         return
@@ -148,7 +161,7 @@ def main() -> None:
     print(f"{'':<26}{'decode':>8}{'copies':>8}{'share':>7}{'prefill':>9}{'spills':>16}")
     rows = {}
     for chip in chips:
-        for name, numbers in child(chip, options.kind or [], options.page or []):
+        for name, numbers in child(chip, *choices):
             rows[name] = numbers
             print(line(name, numbers), flush=True)
     if options.write:
