@@ -52,9 +52,11 @@ def arguments(page: int, kind: str, heads: tuple[int, int, int] = HEADS) -> tupl
     H, K, D = heads
     rows, C, M = 16, 8, 128
     N = rows + 512
-    ints = [(rows, M), (rows,), (rows,), (C,), (C,), (C,), (C,), (N,), (N,), (N,)]
-    real = array(N, dtype=bool)
-    batch = RaggedBatch(*[array(*shape) for shape in ints], real, page_size=page)
+    shapes: dict[str, tuple[int, ...]] = dict(table=(rows, M), row_start=(rows,), row_count=(rows,))
+    shapes |= {f"chunk_{name}": (C,) for name in ("slot", "start", "count", "offset")}
+    shapes |= dict(dest=(N,), position=(N,), slot=(N,))
+    ints: dict[str, Any] = {name: array(*shape) for name, shape in shapes.items()}
+    batch = RaggedBatch(real=array(N, dtype=bool), page_size=page, **ints)
     cache = jax.eval_shape(lambda: tpu.init_kv(2000, page, K, D, kind))
     qkv = [array(N, h, D, dtype=jnp.bfloat16) for h in (H, K, K)]
     return (*qkv, cache, batch)

@@ -201,8 +201,11 @@ def _plan(batch: RaggedBatch, T: int, BQ: int, C: int, window: int) -> tuple[jax
     mine = jnp.minimum(mine, entries - 1)
     rows = (ends - blocks)[mine] * BQ + token - batch.chunk_offset[mine]
     smem = (ends[-1:], batch.chunk_slot[chunk], begin, end, first, base)
-    smem = tuple(array.astype(jnp.int32) for array in smem)
-    return (*smem, jnp.clip(tokens, 0, T - 1), jnp.clip(rows, 0, NB * BQ - 1))
+    return (
+        *(array.astype(jnp.int32) for array in smem),
+        jnp.clip(tokens, 0, T - 1),
+        jnp.clip(rows, 0, NB * BQ - 1),
+    )
 
 
 def prefill(

@@ -53,9 +53,9 @@ def test_decode_waits_for_memory_and_not_for_instructions() -> None:
     assert all(share(name) < 1.0 for name in ROWS if name.startswith(("v6e", "tpu7x")))
 
 
-def test_small_pages_cost_at_most_5_percent_of_the_copies() -> None:
+def test_small_pages_cost_at_most_6_percent_of_the_copies() -> None:
     for chip in CHIPS:
-        assert share(f"{chip} bfloat16 page 16") - share(f"{chip} bfloat16 page 128") <= 0.05
+        assert share(f"{chip} bfloat16 page 16") - share(f"{chip} bfloat16 page 128") <= 0.06
 
 
 def test_growth_is_named_and_3_percent_are_let_through() -> None:
