@@ -12,7 +12,7 @@ PORT ?= 8000
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 PACKAGING := pyproject.toml setup.py $(wildcard constraints/*.txt)
 
-.PHONY: serve test lint smoke smoke-oldest smoke-newest bench wheel-check clean
+.PHONY: serve test lint smoke smoke-oldest smoke-newest aot bench wheel-check clean
 
 serve: $(VENV)/.installed $(VENV)/.demo
 	$(BIN)/octavo serve $(MODEL) --port $(PORT)
@@ -68,5 +68,18 @@ smoke-oldest:
 smoke-newest:
 	scripts/smoke 3.12 constraints/py312.txt .venv-newest
 
+# The TPU kernels, without a TPU: compiled for every chip, and interpreted on many random steps.
+AOT := .venv-aot
+
+aot: $(AOT)/.installed
+	JAX_PLATFORMS=cpu TPU_RANDOM_STEPS=500 $(AOT)/bin/python -m pytest \
+	  tests/pallas_kernels/attention/test_tpu_attention.py \
+	  tests/pallas_kernels/attention/test_tpu_compile.py
+
+$(AOT)/.installed: $(PACKAGING)
+	$(PYTHON) -m venv $(AOT)
+	$(AOT)/bin/python $(PIP_INSTALL) -c constraints/py311.txt -e '.[aot]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info
+	rm -rf $(VENV) $(AOT) .venv-oldest .venv-newest build dist *.egg-info

@@ -15,12 +15,19 @@ PAGE = 32  # one tile of 8-bit keys; larger pages gain less than 5 % of a decode
 
 
 def backend(reason: str) -> Backend:
-    """The record."""
+    """The record of the TPU that is here."""
     device = jax.devices("tpu")[0]
+    return record(reason, (device,), _free_memory(device))
+
+
+def record(
+    reason: str, devices: tuple[jax.Device, ...], memory_limit: Callable[[], int]
+) -> Backend:
+    """The record of any TPU; with no devices it only compiles."""
     return Backend(
         name="tpu",
         reason=reason,
-        devices=(device,),
+        devices=devices,
         attend=tpu.attend,
         init_cache=init_cache,
         page_bytes=tpu.page_bytes,
@@ -33,7 +40,7 @@ def backend(reason: str) -> Backend:
         max_num_batched_tokens=2048,
         page_size=PAGE,
         dtype="bfloat16",
-        memory_limit=_free_memory(device),
+        memory_limit=memory_limit,
         why_not=why_not,
     )
 

@@ -29,14 +29,23 @@ from octavo.pallas_kernels.attention.tpu_layout import LANES, Layout
 
 SLOTS = 4  # chunks in flight, one of them being attended to
 RING = 2 * SLOTS
+# What the walk keeps of an item: the place of its row among the rows to visit, its chunk, the row,
+# the row's length, whether the row begins with it, its pages.
+RANK, CHUNK, ROW, END, BEGINS, COUNT = range(6)
 MASKED = -1e30
+BUFFER = 4 << 20  # the most bytes of one of the buffers
+VMEM = 48 << 20  # v5p and tpu7x have 64 MiB a core
 LOG2E = 1.4426950408889634
 IDS = 128  # page ids that one copy brings: the least that SMEM copies take is 512 bytes
 
 
-def chunk_tokens(page_size: int, dtype: jax.typing.DTypeLike) -> int:
+def chunk_tokens(layout: Layout, page_size: int, dtype: jax.typing.DTypeLike) -> int:
     """C tokens that are attended to at once: large enough to amortize, small for short rows."""
-    return max(page_size, 512 if jnp.dtype(dtype).itemsize > 1 else 1024)
+    itemsize = jnp.dtype(dtype).itemsize
+    size = 512 if itemsize > 1 else 1024
+    while size > LANES and layout.tiles * size * layout.width * itemsize > BUFFER:
+        size //= 2
+    return max(size, page_size)
 
 
 def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array, float]:
@@ -93,39 +102,31 @@ def _kernel(
     small = jnp.dtype(dtype).itemsize == 1
     R = layout.rows
 
-    def row_of(i: Any) -> Any:
-        return order[jnp.minimum(ring[0, i % RING], order.shape[0] - 1)]
-
-    def count(i: Any) -> Any:
-        """Pages of item i that hold tokens before the new one, or the new one's."""
-        left = length[row_of(i)] - ring[1, i % RING] * C
-        return jnp.clip((left + S - 1) >> shift, 0, per)
+    def item(what: int, i: Any) -> Any:
+        return ring[what, i & (RING - 1)]
 
     def id_copy(i: Any, slot: int) -> Any:
-        at = ring[1, i % RING] * per // IDS * IDS
-        source = table.at[row_of(i), pl.ds(pl.multiple_of(at, IDS), IDS)]
+        at = (item(CHUNK, i) * per) & -IDS
+        source = table.at[item(ROW, i), pl.ds(pl.multiple_of(at, IDS), IDS)]
         return pltpu.make_async_copy(source, ids.at[slot], id_sem.at[slot])
 
     def start_ids(i: Any, slot: int) -> None:
-        """Place the cursor of item i and fetch its page ids."""
-        before = (i + RING - 1) % RING
-        n, c = ring[0, before], ring[1, before] + 1
-        over = (n < 0) | (c * C >= length[order[jnp.clip(n, 0, order.shape[0] - 1)]])
+        """Place the cursor of item i and fetch its page ids; past the last item, any."""
+        at, before = i & (RING - 1), (i - 1) & (RING - 1)
+        n, c = ring[RANK, before], ring[CHUNK, before] + 1
+        over = c * C >= ring[END, before]
         n = jnp.where(over, n + 1, n)
-        ring[0, i % RING] = n
-        ring[1, i % RING] = jnp.where(over, first[order[jnp.minimum(n, order.shape[0] - 1)]], c)
-
-        @pl.when(i < total)
-        def _() -> None:
-            id_copy(i, slot).start()
+        row = order[jnp.minimum(n, order.shape[0] - 1)]
+        c, end = jnp.where(over, first[row], c), length[row]
+        ring[RANK, at], ring[CHUNK, at], ring[ROW, at], ring[END, at] = n, c, row, end
+        ring[BEGINS, at] = over.astype(jnp.int32)
+        pages_left = jnp.minimum((end - c * C + S - 1) >> shift, per)
+        ring[COUNT, at] = jnp.where(i < total, pages_left, 0)
+        id_copy(i, slot).start()
 
     def start_pages(i: Any, slot: int) -> None:
-        @pl.when(i < total)
-        def _() -> None:
-            id_copy(i, slot).wait()
-
-        n = jnp.where(i < total, count(i), 0)
-        base = ring[1, i % RING] * per % IDS
+        id_copy(i, slot).wait()
+        n, base = item(COUNT, i), (item(CHUNK, i) * per) & (IDS - 1)
         for j in range(per):
 
             @pl.when(j < n)
@@ -136,18 +137,22 @@ def _kernel(
                 ).start()
 
     def wait_pages(i: Any, slot: int) -> None:
-        n, bit = count(i), per
-        while bit:  # any number of pages in a few waits of static sizes
+        def wait(count: int) -> None:
+            part = buffers[slot].at[:, pl.ds(0, count * S)]
+            pltpu.make_async_copy(part, part, page_sem.at[slot]).wait()
 
-            @pl.when((n & bit) != 0)
-            def _(bit: int = bit) -> None:
-                part = buffers[slot].at[:, pl.ds(0, bit * S)]
-                pltpu.make_async_copy(part, part, page_sem.at[slot]).wait()
+        n = item(COUNT, i)
+        pl.when(n == per)(lambda: wait(per))
 
-            bit //= 2
+        @pl.when(n < per)
+        def _() -> None:
+            bit = per // 2
+            while bit:  # any number of pages in a few waits of static sizes
+                pl.when((n & bit) != 0)(functools.partial(wait, bit))
+                bit //= 2
 
     def row_copies(n: Any) -> list[Any]:
-        row, side = order[jnp.minimum(n, order.shape[0] - 1)], n % 2
+        row, side = order[jnp.minimum(n, order.shape[0] - 1)], n & 1
         copies = [
             pltpu.make_async_copy(q_hbm.at[row], q.at[side], row_sem.at[0, side]),
             pltpu.make_async_copy(new_hbm.at[row], new.at[side], row_sem.at[1, side]),
@@ -166,22 +171,18 @@ def _kernel(
 
     def out_copy(n: Any) -> Any:
         row = order[jnp.clip(n, 0, order.shape[0] - 1)]
-        return pltpu.make_async_copy(out.at[n % 2], out_hbm.at[row], out_sem.at[n % 2])
+        return pltpu.make_async_copy(out.at[n & 1], out_hbm.at[row], out_sem.at[n & 1])
 
     def write_back(i: Any, slot: int) -> Any:
-        at = dest[row_of(i)]
-        inside = (length[row_of(i)] - 1 - ring[1, i % RING] * C) >> shift
+        at = dest[item(ROW, i)]
+        inside = (item(END, i) - 1 - item(CHUNK, i) * C) >> shift
         part = buffers[slot].at[:, pl.ds(pl.multiple_of(inside * S, S), S)]
         return pltpu.make_async_copy(part, pages.at[at >> shift], write_sem.at[slot])
 
-    def is_last(i: Any) -> Any:
-        return (ring[1, i % RING] + 1) * C >= length[row_of(i)]
-
     def merge(i: Any, slot: int) -> None:
         """Put the new token into its page, here and in HBM."""
-        side = ring[0, i % RING] % 2
-        position = length[row_of(i)] - 1
-        at = pl.multiple_of((position - ring[1, i % RING] * C) >> shift << shift, S)
+        side, position = item(RANK, i) & 1, item(END, i) - 1
+        at = pl.multiple_of((position - item(CHUNK, i) * C) >> shift << shift, S)
         for tile in range(layout.tiles):
             old = buffers[slot][tile, pl.ds(at, S)]
             here = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) == (position & (S - 1))
@@ -191,8 +192,7 @@ def _kernel(
         write_back(i, slot).start()
 
     def attend(i: Any, slot: int) -> None:
-        side = ring[0, i % RING] % 2
-        start, end = ring[1, i % RING] * C, length[row_of(i)]
+        side, start, end = item(RANK, i) & 1, item(CHUNK, i) * C, item(END, i)
         j = jax.lax.broadcasted_iota(jnp.int32, (R, C), 1) + start
         seen = j < end
         if window:
@@ -224,17 +224,15 @@ def _kernel(
             acc[u] = acc[u] * decay[:, :1] + y
 
     def step(i: Any, slot: int) -> None:
-        n = ring[0, i % RING]
-        before = (slot + SLOTS - 1) % SLOTS
+        n, before = item(RANK, i), (slot - 1) % SLOTS
+        last = item(BEGINS, i + 1) != 0
 
-        @pl.when((i > 0) & is_last((i + RING - 1) % RING))
-        def _() -> None:  # its buffer is about to be filled again
-            write_back((i + RING - 1) % RING, before).wait()
-
-        begins = ring[1, i % RING] == first[row_of(i)]
-
-        @pl.when(begins)
+        @pl.when(item(BEGINS, i) != 0)
         def _() -> None:
+            @pl.when(i > 0)
+            def _() -> None:  # its buffer is about to be filled again
+                write_back(i - 1, before).wait()
+
             for copy in row_copies(n):
                 copy.wait()
             start_row(n + 1)
@@ -243,35 +241,29 @@ def _kernel(
             acc[...] = jnp.zeros_like(acc)
 
         wait_pages(i, slot)
-
-        @pl.when(is_last(i))
-        def _() -> None:
-            merge(i, slot)
-
+        pl.when(last)(lambda: merge(i, slot))
+        # One block of instructions from here, so that these copies start beside the arithmetic.
         start_pages(i + SLOTS - 1, before)
+        start_ids(i + SLOTS, slot)
         attend(i, slot)
 
-        @pl.when(is_last(i))
+        @pl.when(last)
         def _() -> None:
-            @pl.when(n >= 2)
-            def _() -> None:
-                out_copy(n - 2).wait()
-
+            pl.when(n >= 2)(lambda: out_copy(n - 2).wait())
             scale = 1 / most(dtype) if small else 1.0
             y = acc[...] * (scale / norm[...][..., :1])
-            out[n % 2] = y.astype(out.dtype)
+            out[n & 1] = y.astype(out.dtype)
             out_copy(n).start()
 
-        start_ids(i + SLOTS, slot)
-
     # Before the first item, a cursor that the first step of the walk moves to row 0.
-    ring[0, RING - 1] = -1
-    ring[1, RING - 1] = -1
+    ring[RANK, RING - 1] = -1
+    ring[CHUNK, RING - 1] = -1
+    ring[END, RING - 1] = 0
     start_row(jnp.int32(0))
     for i in range(SLOTS):
         start_ids(jnp.int32(i), i)
 
-        @pl.when((i < total) & (count(jnp.int32(i)) < per))
+        @pl.when((i < total) & (item(COUNT, i) < per))
         def _(i: int = i) -> None:  # what was never written may be no number, and 0 times that too
             values = [tile for u in range(layout.units) for tile in layout.value_tiles(u)]
             for tile in dict.fromkeys(values):
@@ -292,9 +284,13 @@ def _kernel(
 
     for slot in range(SLOTS):
 
-        @pl.when((total > 0) & ((total - 1) % SLOTS == slot))
+        @pl.when((total > 0) & ((total - 1) & (SLOTS - 1) == slot))
         def _(slot: int = slot) -> None:
             write_back(total - 1, slot).wait()
+
+        @pl.when((total + SLOTS - 1) & (SLOTS - 1) == slot)
+        def _(slot: int = slot) -> None:  # the page ids of an item that is not there
+            id_copy(total + SLOTS - 1, slot).wait()
 
     for back in (2, 1):
 
@@ -347,7 +343,7 @@ def decode(
     row is not active, and the pages.
     """
     S, dtype = pages.shape[2], pages.dtype
-    C = max(S, chunk) if chunk else chunk_tokens(S, dtype)
+    C = max(S, chunk) if chunk else chunk_tokens(layout, S, dtype)
     small = dtype.itemsize == 1
     walk, order, first = plan(length, active, C, window)
     scaled = q.astype(jnp.float32) * (scale * LOG2E)
@@ -377,7 +373,7 @@ def decode(
         scratch_shapes=[
             *[pltpu.VMEM((layout.tiles, C, layout.width), dtype)] * SLOTS,
             pltpu.SMEM((SLOTS, IDS), jnp.int32),
-            pltpu.SMEM((2, RING), jnp.int32),
+            pltpu.SMEM((6, RING), jnp.int32),
             pltpu.VMEM((2, *rows.shape[1:]), dtype),
             pltpu.VMEM((2, *unit.shape[1:]), jnp.float32),
             pltpu.VMEM((2, *new.shape[1:]), dtype),
@@ -387,7 +383,7 @@ def decode(
             pltpu.VMEM((*shape, layout.lanes), jnp.float32),
             pltpu.SemaphoreType.DMA((5, 3, SLOTS)),
         ],
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=VMEM),
         interpret=interpret,
     )(
         walk,

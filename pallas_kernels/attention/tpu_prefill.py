@@ -28,6 +28,7 @@ MASKED = -1e30
 LOG2E = 1.4426950408889634
 IDS = 128  # SMEM copies come in multiples of 512 bytes
 ROWS = 512  # rows of a head in a block, about
+PART = 256  # rows of one matrix product
 BUFFER = 4 << 20  # the most bytes of one of the two buffers
 VMEM = 48 << 20  # v5p and tpu7x have 64 MiB a core
 
@@ -105,32 +106,38 @@ def _kernel(
             bit //= 2
 
     def attend(c: Any, side: Any, masked: bool) -> None:
-        if masked:
-            row = jax.lax.broadcasted_iota(jnp.int32, (M, C), 0)
-            behind = begin[b] - c * C + (row & (BQ - 1))
-            behind -= jax.lax.broadcasted_iota(jnp.int32, (M, C), 1)
-            seen = behind >= 0
-            if window:
-                seen &= behind < window
+        part = min(M, PART)
+
+        def rows(h: Any, k: Any, v: Any, at: int) -> None:
+            """A part of a head's rows, so that one part's softmax hides another's products."""
+            mine = pl.ds(at, part)
+            dims = (((1,), (1,)), ((), ()))
+            s = jax.lax.dot_general(q[0, h, mine], k, dims, preferred_element_type=jnp.float32)
+            if softcap:
+                s = (softcap * LOG2E) * jnp.tanh(s * (1 / (softcap * LOG2E)))
+            if masked:
+                row = jax.lax.broadcasted_iota(jnp.int32, (part, C), 0) + at
+                behind = begin[b] - c * C + (row & (BQ - 1))
+                behind -= jax.lax.broadcasted_iota(jnp.int32, (part, C), 1)
+                seen = behind >= 0
+                if window:
+                    seen &= behind < window
+                s = jnp.where(seen, s, MASKED)
+            before = m[h, mine]
+            peak = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
+            p = jnp.exp2(s - peak[:, :1])
+            decay = jnp.exp2(before - peak)
+            m[h, mine] = peak
+            norm[h, mine] = norm[h, mine] * decay + jnp.sum(p, axis=-1, keepdims=True)
+            y = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            acc[h, mine] = acc[h, mine] * decay[:, :1] + y
 
         def head(h: Any, _: None) -> None:
             k, v = buffer[side, h], buffer[side, h if layout.shared else layout.kv_heads + h]
             if narrow:
                 k, v = k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
-            dims = (((1,), (1,)), ((), ()))
-            s = jax.lax.dot_general(q[0, h], k, dims, preferred_element_type=jnp.float32)
-            if softcap:
-                s = (softcap * LOG2E) * jnp.tanh(s * (1 / (softcap * LOG2E)))
-            if masked:
-                s = jnp.where(seen, s, MASKED)
-            before = m[h]
-            peak = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
-            p = jnp.exp2(s - peak[:, :1])
-            decay = jnp.exp2(before - peak)
-            m[h] = peak
-            norm[h] = norm[h] * decay + jnp.sum(p, axis=-1, keepdims=True)
-            y = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            acc[h] = acc[h] * decay[:, :1] + y
+            for at in range(0, M, part):
+                rows(h, k, v, at)
 
         jax.lax.fori_loop(0, layout.kv_heads, head, None)
 
@@ -194,8 +201,11 @@ def _plan(batch: RaggedBatch, T: int, BQ: int, C: int, window: int) -> tuple[jax
     mine = jnp.minimum(mine, entries - 1)
     rows = (ends - blocks)[mine] * BQ + token - batch.chunk_offset[mine]
     smem = (ends[-1:], batch.chunk_slot[chunk], begin, end, first, base)
-    smem = tuple(array.astype(jnp.int32) for array in smem)
-    return (*smem, jnp.clip(tokens, 0, T - 1), jnp.clip(rows, 0, NB * BQ - 1))
+    return (
+        *(array.astype(jnp.int32) for array in smem),
+        jnp.clip(tokens, 0, T - 1),
+        jnp.clip(rows, 0, NB * BQ - 1),
+    )
 
 
 def prefill(
