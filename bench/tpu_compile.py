@@ -4,12 +4,10 @@ A bundle of a schedule is about a cycle; waits for copies are not in it. The env
 set before jax is imported (`environment`), so that callers run a process of their own for it.
 """
 
-<<<<<<< HEAD
-=======
 import os
 import re
->>>>>>> tpu
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {  # libtpu looks for no TPU then

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The TPU's record, without a TPU: what it refuses and predicts; its cache serves a model."""
-=======
 """The record of TPUs, without one: what it refuses, and the bytes its cache takes."""
->>>>>>> tpu
 
 from dataclasses import replace
 

@@ -83,14 +83,15 @@ def test_several_choices_each_make_their_call(served: Server) -> None:
 def test_the_other_apis_make_the_same_call(served: Server) -> None:
     function = TOOLS[0]["function"]
     said = ASKED["messages"]
-    responses = served.openai().responses.create(
-        model="smollm2-135m",
-        input="What is the weather in Paris?",
-        tools=[{"type": "function", **function}],
-        tool_choice="required",
-        temperature=0,
-        max_output_tokens=200,
-    )
+    body: Any = {
+        "model": "smollm2-135m",
+        "input": "What is the weather in Paris?",
+        "tools": [{"type": "function", **function}],
+        "tool_choice": "required",
+        "temperature": 0,
+        "max_output_tokens": 200,
+    }
+    responses = served.openai().responses.create(**body)
     [item] = [item for item in responses.output if item.type == "function_call"]
     check(item.name, item.arguments)
     client = anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0)
