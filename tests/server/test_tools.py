@@ -1,12 +1,13 @@
 """Tools and thoughts through the real server; the fake engine says what the conversation says."""
 
 import json
+from typing import Any
 
 import pytest
 
 from tests.server.conftest import Server
 
-WEATHER = {
+WEATHER: Any = {
     "type": "function",
     "function": {
         "name": "weather",

@@ -103,8 +103,8 @@ def test_long_prompts_take_several_blocks_and_buffers(capfd: Any) -> None:
 def test_rows_may_share_the_pages_of_a_prefix() -> None:
     case = Case(rows=((70, 1), (40, 1)), heads=(4, 2, 128))
     q, k, v, cache, batch = cases.inputs(case, dtype="bfloat16")
-    batch = batch.replace(table=batch.table.at[1, :2].set(batch.table[0, :2]))
-    static = dict(window=0, scale=0.1, softcap=0.0)
+    batch = replace(batch, table=batch.table.at[1, :2].set(batch.table[0, :2]))
+    static: dict[str, Any] = dict(window=0, scale=0.1, softcap=0.0)
     want, _ = reference.attend(q, k, v, cache, batch, **static)
     got, _ = tpu.attend(q, k, v, tpu.TpuKV(packed(cache)), batch, **static, interpret=STRICT)
     assert relative_error(got, want) < TOLERANCE["bfloat16"]
