@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -145,6 +145,7 @@ def steps(draw: Any) -> tuple[Case, str]:
     max_examples=RANDOM_STEPS,
     deadline=None,
     derandomize=True,
+    phases=[Phase.generate],  # a smaller example is not worth minutes of the interpreter
     suppress_health_check=list(HealthCheck),
 )
 @given(steps(), st.integers(0, 99))
