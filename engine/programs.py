@@ -259,7 +259,8 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _passed(machine: step.Machine, params: Any, rows: int, tokens: int) -> Any:
     """What `forward` of this shape hands to sampling, abstract; asking jax for it would trace."""
-    width, dtype = machine.model.config.E, jax.tree.leaves(machine.model.head(params))[0].dtype
+    weights = jax.tree.leaves(machine.model.head(params))
+    width, dtype = machine.model.config.E, weights[0].dtype if weights else jnp.dtype(jnp.float32)
     hidden, chunk_hidden = (
         jax.ShapeDtypeStruct((1, count, width), dtype) for count in (rows, tokens)
     )
