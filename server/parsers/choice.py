@@ -1,6 +1,6 @@
 """One choice of an answer: its text in, the fields of its deltas out."""
 
-import uuid
+from collections.abc import Callable
 
 from octavo.server.collect import Delta, ToolCall
 from octavo.server.parsers.events import CallBegins, CallGoesOn, Event, Parser, Text, Thought
@@ -21,10 +21,11 @@ class Choice:
         thinking: Thinking | Harmony | None,
         strip: Strip | None,
         several: bool,
+        new_id: Callable[[], str],
     ) -> None:
         """`parser` reads what `thinking` leaves; `several`: calls after the first count too."""
         self._parser, self._thinking, self._strip = parser, thinking, strip
-        self._several = several
+        self._several, self._new_id = several, new_id
         self._space = ""  # white space that may be beside a call
         self._calls = 0
         self.reasoning_tokens = 0
@@ -87,7 +88,7 @@ class Choice:
         self._space = ""
         self._calls += 1
         if self._counts():
-            new = ToolCall(self._calls - 1, f"call_{uuid.uuid4().hex}", name, "")
+            new = ToolCall(self._calls - 1, self._new_id(), name, "")
             delta.tool_calls.append(new)
 
     def _counts(self) -> bool:

@@ -1,6 +1,7 @@
 """Parsers: what they find, that cuts change nothing, and that no text is lost."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from octavo.server.parsers.harmony import Harmony
 from octavo.server.parsers.reasoning import Thinking
 from octavo.server.parsers.strip import Strip
 from octavo.server.parsers.tagged import Tagged, read_json_calls, xml_reader
+from octavo.server.parsers.values import typed
 
 SCHEMAS = {"f": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
 PARSERS = {
@@ -164,3 +166,58 @@ def test_special_tokens_are_stripped_wherever_they_are_cut():
     for at in range(len(whole)):
         strip = Strip(["<|eot|>", "</s>"])
         assert strip.feed(whole[:at]) + strip.feed(whole[at:]) + strip.finish() == "ab <|e c"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": "Paris"}</tool_call>'),
+        ("xml", '<tool_call><function=f>{"city": "Paris"}</function></tool_call>'),
+        ("llama3_json", '{"name": "Alice", "age": 3}'),  # an answer in JSON
+        ("pythonic", "[f()(x=1)]"),
+        ("pythonic", "[f(x=1, x=2)]"),
+        ("pythonic", "[f(x=1e999)]"),
+        ("required", "[oops, [x]"),
+        ("required", '[{"name": "f", "param'),
+    ],
+)
+def test_what_is_almost_a_call_is_text_whole(name, text):
+    assert read(PARSERS[name](), [text]) == [[Text, text]]
+
+
+def test_half_a_pair_of_surrogates_can_be_sent():
+    for name, text in (
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>'),
+        ("pythonic", '[f(a="\\ud83d")]'),
+    ):
+        [_, (_, arguments)] = read(PARSERS[name](), [text])
+        assert arguments.encode() == b'{"a": "\\ud83d"}'
+
+
+def test_marks_in_a_string_take_no_more_time_the_more_they_are():
+    marks = "</tool_call>" * 2000
+    text = f'<tool_call>{{"name": "f", "arguments": {{"a": "{marks}"}}}}</tool_call>'
+    began = time.process_time()
+    events = read(PARSERS["hermes"](), [text[i : i + 4] for i in range(0, len(text), 4)])
+    assert [kind for kind, _ in events] == [CallBegins, CallGoesOn]
+    assert time.process_time() - began < 5  # minutes, where every piece looks at all of them
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "expected"),
+    [
+        ("123", {"type": "string"}, "123"),
+        ("123", {"type": "integer"}, 123),
+        ("123", {"anyOf": [{"type": "string"}, {"type": "null"}]}, "123"),
+        ("null", {"anyOf": [{"type": "string"}, {"type": "null"}]}, None),
+        ("123", {"type": ["string", "integer"]}, 123),
+        ("3", {"enum": ["3", "4"]}, "3"),
+        ("True", {"type": "boolean"}, True),
+        ("[1]", None, [1]),
+        ("NaN", {"type": "number"}, "NaN"),
+    ],
+)
+def test_unquoted_values_have_the_type_of_the_schema(text, schema, expected):
+    assert typed(text, schema) == expected
