@@ -36,7 +36,7 @@ from octavo.engine.text.processor import OutputProcessor
 from octavo.server.encodings import Encodings
 from octavo.server.figures import Figures
 from octavo.server.generation import Generation as Generation
-from octavo.server.protocol.errors import ApiError, unavailable
+from octavo.server.protocol.errors import ApiError, bad_request, unavailable
 from octavo.server.views import Views
 
 HUNG_AFTER = 30.0  # seconds without a word from a ready engine
@@ -175,7 +175,11 @@ class EngineClient:
         self._requests.send(self._encode(message), zmq.NOBLOCK)
 
     def submit(self, request: AddRequest, prompt: list[int]) -> Generation:
-        """Send a request whose handle comes from `new_handle`."""
+        """Send a request with a handle of `new_handle`. ApiError 400 for one that cannot travel."""
+        try:
+            message = self._encode(request)
+        except OverflowError:
+            raise bad_request("a number of the request does not fit in 64 bits") from None
         generation = Generation(request, self.figures, self.abort)
         sampling = request.sampling
         self._processor.add(
@@ -186,7 +190,7 @@ class EngineClient:
         self._queued[request.handle] = generation
         if request.timeout:
             self._deadlines[generation.request_id] = request.arrival + request.timeout + LATE
-        self._requests.send(self._encode(request), zmq.NOBLOCK)
+        self._requests.send(message, zmq.NOBLOCK)
         return generation
 
     def abort(self, generation: Generation) -> None:

@@ -209,7 +209,7 @@ def main() -> None:
 
 def _end_with_parent() -> None:
     """The parent holds the other end of stdin: without it nobody would ever stop this process."""
-    while sys.stdin.buffer.read(4096):
+    while os.read(sys.stdin.fileno(), 4096):  # sys.stdin itself would hold up the end of Python
         pass
     os._exit(1)
 

@@ -18,6 +18,7 @@ x = hi + lo / 16 or / 254, and so are the probabilities: about as exact as bfloa
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -69,6 +70,145 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=kind).astype(jnp.float32)
 
 
+@dataclass(frozen=True)
+class _Walk:
+    """The flat walk over all rows' chunks: its cursors, and every copy. Fields as in `_kernel`."""
+
+    order: Any
+    first: Any
+    length: Any
+    dest: Any
+    table: Any
+    q_hbm: Any
+    unit_hbm: Any
+    new_hbm: Any
+    out_hbm: Any
+    pages: Any
+    buffers: Any
+    ids: Any
+    ring: Any
+    q: Any
+    unit: Any
+    new: Any
+    out: Any
+    page_sem: Any
+    id_sem: Any
+    row_sem: Any
+    out_sem: Any
+    write_sem: Any
+    tiles: int
+    C: int  # tokens of a chunk
+    S: int  # tokens of a page
+    rows: Any  # to visit
+    total: Any  # chunks
+
+    @property
+    def per(self) -> int:
+        """Pages of a chunk."""
+        return self.C // self.S
+
+    @property
+    def shift(self) -> int:
+        return self.S.bit_length() - 1
+
+    @property
+    def dtype(self) -> Any:
+        return self.buffers[0].dtype
+
+    @property
+    def small(self) -> bool:
+        return jnp.dtype(self.dtype).itemsize == 1
+
+    def item(self, what: int, i: Any) -> Any:
+        return self.ring[what, i & (RING - 1)]
+
+    def id_copy(self, i: Any, slot: int) -> Any:
+        at = (self.item(CHUNK, i) * self.per) & -IDS
+        source = self.table.at[self.item(ROW, i), pl.ds(pl.multiple_of(at, IDS), IDS)]
+        return pltpu.make_async_copy(source, self.ids.at[slot], self.id_sem.at[slot])
+
+    def start_ids(self, i: Any, slot: int) -> None:
+        """Place the cursor of item i and fetch its page ids; past the last item, any."""
+        at, before = i & (RING - 1), (i - 1) & (RING - 1)
+        n, c = self.ring[RANK, before], self.ring[CHUNK, before] + 1
+        over = c * self.C >= self.ring[END, before]
+        n = jnp.where(over, n + 1, n)
+        row = self.order[jnp.minimum(n, self.order.shape[0] - 1)]
+        c, end = jnp.where(over, self.first[row], c), self.length[row]
+        left = jnp.minimum((end - c * self.C + self.S - 1) >> self.shift, self.per)
+        count = jnp.where(i < self.total, left, 0)
+        kept = {RANK: n, CHUNK: c, ROW: row, END: end, BEGINS: over.astype(jnp.int32), COUNT: count}
+        for what, value in kept.items():
+            self.ring[what, at] = value
+        self.id_copy(i, slot).start()
+
+    def start_pages(self, i: Any, slot: int) -> None:
+        self.id_copy(i, slot).wait()
+        n, base = self.item(COUNT, i), (self.item(CHUNK, i) * self.per) & (IDS - 1)
+        for j in range(self.per):
+
+            @pl.when(j < n)
+            def _(j: int = j) -> None:
+                into = self.buffers[slot].at[:, pl.ds(j * self.S, self.S)]
+                pltpu.make_async_copy(
+                    self.pages.at[self.ids[slot, base + j]], into, self.page_sem.at[slot]
+                ).start()
+
+    def wait_pages(self, i: Any, slot: int) -> None:
+        def wait(count: int) -> None:
+            part = self.buffers[slot].at[:, pl.ds(0, count * self.S)]
+            pltpu.make_async_copy(part, part, self.page_sem.at[slot]).wait()
+
+        n = self.item(COUNT, i)
+        pl.when(n == self.per)(lambda: wait(self.per))
+
+        @pl.when(n < self.per)
+        def _() -> None:
+            bit = self.per // 2
+            while bit:  # any number of pages in a few waits of static sizes
+                pl.when((n & bit) != 0)(functools.partial(wait, bit))
+                bit //= 2
+
+    def row_copies(self, n: Any) -> list[Any]:
+        row, side = self.order[jnp.minimum(n, self.order.shape[0] - 1)], n & 1
+        pairs = [(self.q_hbm, self.q), (self.new_hbm, self.new), (self.unit_hbm, self.unit)]
+        return [
+            pltpu.make_async_copy(source.at[row], into.at[side], self.row_sem.at[k, side])
+            for k, (source, into) in enumerate(pairs if self.small else pairs[:2])
+        ]
+
+    def start_row(self, n: Any) -> None:
+        @pl.when(n < self.rows)
+        def _() -> None:
+            for copy in self.row_copies(n):
+                copy.start()
+
+    def out_copy(self, n: Any) -> Any:
+        row = self.order[jnp.clip(n, 0, self.order.shape[0] - 1)]
+        return pltpu.make_async_copy(
+            self.out.at[n & 1], self.out_hbm.at[row], self.out_sem.at[n & 1]
+        )
+
+    def write_back(self, i: Any, slot: int) -> Any:
+        at = self.dest[self.item(ROW, i)]
+        inside = (self.item(END, i) - 1 - self.item(CHUNK, i) * self.C) >> self.shift
+        part = self.buffers[slot].at[:, pl.ds(pl.multiple_of(inside * self.S, self.S), self.S)]
+        return pltpu.make_async_copy(part, self.pages.at[at >> self.shift], self.write_sem.at[slot])
+
+    def merge(self, i: Any, slot: int) -> None:
+        """Put the new token into its page, here and in HBM."""
+        side, position = self.item(RANK, i) & 1, self.item(END, i) - 1
+        page = (position - self.item(CHUNK, i) * self.C) >> self.shift
+        at = pl.multiple_of(page << self.shift, self.S)
+        for tile in range(self.tiles):
+            old = self.buffers[slot][tile, pl.ds(at, self.S)]
+            here = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) == (position & (self.S - 1))
+            row = self.new[side, tile, :][None]
+            merged = jnp.where(here, row.astype(jnp.float32), old.astype(jnp.float32))
+            self.buffers[slot][tile, pl.ds(at, self.S)] = merged.astype(self.dtype)
+        self.write_back(i, slot).start()
+
+
 def _kernel(
     # SMEM
     walk: Any,  # i32[2] rows to visit, chunks in all
@@ -93,106 +233,18 @@ def _kernel(
 ) -> None:
     buffers, rest = scratch[:SLOTS], scratch[SLOTS:]
     ids, ring, q, unit, new, out, m, norm, acc, sems = rest
-    page_sem, id_sem, out_sem, write_sem = (sems.at[kind, 0] for kind in (0, 1, 3, 4))
-    row_sem = sems.at[2]
+    page_sem, id_sem, row_sem, out_sem, write_sem = (sems.at[kind] for kind in range(5))
     del pages_in
     rows, total = walk[0], walk[1]
-    per, shift = C // S, S.bit_length() - 1
-    dtype = buffers[0].dtype
-    small = jnp.dtype(dtype).itemsize == 1
-    R = layout.rows
-
-    def item(what: int, i: Any) -> Any:
-        return ring[what, i & (RING - 1)]
-
-    def id_copy(i: Any, slot: int) -> Any:
-        at = (item(CHUNK, i) * per) & -IDS
-        source = table.at[item(ROW, i), pl.ds(pl.multiple_of(at, IDS), IDS)]
-        return pltpu.make_async_copy(source, ids.at[slot], id_sem.at[slot])
-
-    def start_ids(i: Any, slot: int) -> None:
-        """Place the cursor of item i and fetch its page ids; past the last item, any."""
-        at, before = i & (RING - 1), (i - 1) & (RING - 1)
-        n, c = ring[RANK, before], ring[CHUNK, before] + 1
-        over = c * C >= ring[END, before]
-        n = jnp.where(over, n + 1, n)
-        row = order[jnp.minimum(n, order.shape[0] - 1)]
-        c, end = jnp.where(over, first[row], c), length[row]
-        ring[RANK, at], ring[CHUNK, at], ring[ROW, at], ring[END, at] = n, c, row, end
-        ring[BEGINS, at] = over.astype(jnp.int32)
-        pages_left = jnp.minimum((end - c * C + S - 1) >> shift, per)
-        ring[COUNT, at] = jnp.where(i < total, pages_left, 0)
-        id_copy(i, slot).start()
-
-    def start_pages(i: Any, slot: int) -> None:
-        id_copy(i, slot).wait()
-        n, base = item(COUNT, i), (item(CHUNK, i) * per) & (IDS - 1)
-        for j in range(per):
-
-            @pl.when(j < n)
-            def _(j: int = j) -> None:
-                into = buffers[slot].at[:, pl.ds(j * S, S)]
-                pltpu.make_async_copy(
-                    pages.at[ids[slot, base + j]], into, page_sem.at[slot]
-                ).start()
-
-    def wait_pages(i: Any, slot: int) -> None:
-        def wait(count: int) -> None:
-            part = buffers[slot].at[:, pl.ds(0, count * S)]
-            pltpu.make_async_copy(part, part, page_sem.at[slot]).wait()
-
-        n = item(COUNT, i)
-        pl.when(n == per)(lambda: wait(per))
-
-        @pl.when(n < per)
-        def _() -> None:
-            bit = per // 2
-            while bit:  # any number of pages in a few waits of static sizes
-                pl.when((n & bit) != 0)(functools.partial(wait, bit))
-                bit //= 2
-
-    def row_copies(n: Any) -> list[Any]:
-        row, side = order[jnp.minimum(n, order.shape[0] - 1)], n & 1
-        copies = [
-            pltpu.make_async_copy(q_hbm.at[row], q.at[side], row_sem.at[0, side]),
-            pltpu.make_async_copy(new_hbm.at[row], new.at[side], row_sem.at[1, side]),
-        ]
-        if small:
-            copies.append(
-                pltpu.make_async_copy(unit_hbm.at[row], unit.at[side], row_sem.at[2, side])
-            )
-        return copies
-
-    def start_row(n: Any) -> None:
-        @pl.when(n < rows)
-        def _() -> None:
-            for copy in row_copies(n):
-                copy.start()
-
-    def out_copy(n: Any) -> Any:
-        row = order[jnp.clip(n, 0, order.shape[0] - 1)]
-        return pltpu.make_async_copy(out.at[n & 1], out_hbm.at[row], out_sem.at[n & 1])
-
-    def write_back(i: Any, slot: int) -> Any:
-        at = dest[item(ROW, i)]
-        inside = (item(END, i) - 1 - item(CHUNK, i) * C) >> shift
-        part = buffers[slot].at[:, pl.ds(pl.multiple_of(inside * S, S), S)]
-        return pltpu.make_async_copy(part, pages.at[at >> shift], write_sem.at[slot])
-
-    def merge(i: Any, slot: int) -> None:
-        """Put the new token into its page, here and in HBM."""
-        side, position = item(RANK, i) & 1, item(END, i) - 1
-        at = pl.multiple_of((position - item(CHUNK, i) * C) >> shift << shift, S)
-        for tile in range(layout.tiles):
-            old = buffers[slot][tile, pl.ds(at, S)]
-            here = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) == (position & (S - 1))
-            row = new[side, tile, :][None]
-            merged = jnp.where(here, row.astype(jnp.float32), old.astype(jnp.float32))
-            buffers[slot][tile, pl.ds(at, S)] = merged.astype(dtype)
-        write_back(i, slot).start()
+    smem = (order, first, length, dest)
+    hbm = (table, q_hbm, unit_hbm, new_hbm, out_hbm, pages)
+    here = (buffers, ids, ring, q, unit, new, out)
+    sem = (page_sem.at[0], id_sem.at[0], row_sem, out_sem.at[0], write_sem.at[0])
+    w = _Walk(*smem, *hbm, *here, *sem, layout.tiles, C, S, rows, total)
+    per, dtype, small, R = w.per, w.dtype, w.small, layout.rows
 
     def attend(i: Any, slot: int) -> None:
-        side, start, end = item(RANK, i) & 1, item(CHUNK, i) * C, item(END, i)
+        side, start, end = w.item(RANK, i) & 1, w.item(CHUNK, i) * C, w.item(END, i)
         j = jax.lax.broadcasted_iota(jnp.int32, (R, C), 1) + start
         seen = j < end
         if window:
@@ -224,53 +276,53 @@ def _kernel(
             acc[u] = acc[u] * decay[:, :1] + y
 
     def step(i: Any, slot: int) -> None:
-        n, before = item(RANK, i), (slot - 1) % SLOTS
-        last = item(BEGINS, i + 1) != 0
+        n, before = w.item(RANK, i), (slot - 1) % SLOTS
+        last = w.item(BEGINS, i + 1) != 0
 
-        @pl.when(item(BEGINS, i) != 0)
+        @pl.when(w.item(BEGINS, i) != 0)
         def _() -> None:
             @pl.when(i > 0)
             def _() -> None:  # its buffer is about to be filled again
-                write_back(i - 1, before).wait()
+                w.write_back(i - 1, before).wait()
 
-            for copy in row_copies(n):
+            for copy in w.row_copies(n):
                 copy.wait()
-            start_row(n + 1)
+            w.start_row(n + 1)
             m[...] = jnp.full_like(m, MASKED)
             norm[...] = jnp.zeros_like(norm)
             acc[...] = jnp.zeros_like(acc)
 
-        wait_pages(i, slot)
-        pl.when(last)(lambda: merge(i, slot))
+        w.wait_pages(i, slot)
+        pl.when(last)(lambda: w.merge(i, slot))
         # One block of instructions from here, so that these copies start beside the arithmetic.
-        start_pages(i + SLOTS - 1, before)
-        start_ids(i + SLOTS, slot)
+        w.start_pages(i + SLOTS - 1, before)
+        w.start_ids(i + SLOTS, slot)
         attend(i, slot)
 
         @pl.when(last)
         def _() -> None:
-            pl.when(n >= 2)(lambda: out_copy(n - 2).wait())
+            pl.when(n >= 2)(lambda: w.out_copy(n - 2).wait())
             scale = 1 / most(dtype) if small else 1.0
             y = acc[...] * (scale / norm[...][..., :1])
             out[n & 1] = y.astype(out.dtype)
-            out_copy(n).start()
+            w.out_copy(n).start()
 
     # Before the first item, a cursor that the first step of the walk moves to row 0.
     ring[RANK, RING - 1] = -1
     ring[CHUNK, RING - 1] = -1
     ring[END, RING - 1] = 0
-    start_row(jnp.int32(0))
+    w.start_row(jnp.int32(0))
     for i in range(SLOTS):
-        start_ids(jnp.int32(i), i)
+        w.start_ids(jnp.int32(i), i)
 
-        @pl.when((i < total) & (item(COUNT, i) < per))
+        @pl.when((i < total) & (w.item(COUNT, i) < per))
         def _(i: int = i) -> None:  # what was never written may be no number, and 0 times that too
             values = [tile for u in range(layout.units) for tile in layout.value_tiles(u)]
             for tile in dict.fromkeys(values):
                 buffers[i][tile] = jnp.zeros_like(buffers[i][tile])
 
     for i in range(SLOTS - 1):
-        start_pages(jnp.int32(i), i)
+        w.start_pages(jnp.int32(i), i)
 
     def turn(g: Any, _: None) -> None:
         for slot in range(SLOTS):
@@ -286,17 +338,17 @@ def _kernel(
 
         @pl.when((total > 0) & ((total - 1) & (SLOTS - 1) == slot))
         def _(slot: int = slot) -> None:
-            write_back(total - 1, slot).wait()
+            w.write_back(total - 1, slot).wait()
 
         @pl.when((total + SLOTS - 1) & (SLOTS - 1) == slot)
         def _(slot: int = slot) -> None:  # the page ids of an item that is not there
-            id_copy(total + SLOTS - 1, slot).wait()
+            w.id_copy(total + SLOTS - 1, slot).wait()
 
     for back in (2, 1):
 
         @pl.when(rows >= back)
         def _(back: int = back) -> None:
-            out_copy(rows - back).wait()
+            w.out_copy(rows - back).wait()
 
 
 def plan(

@@ -106,10 +106,9 @@ def _kernel(
             bit //= 2
 
     def attend(c: Any, side: Any, masked: bool) -> None:
-        part = min(M, PART)
-
         def rows(h: Any, k: Any, v: Any, at: int) -> None:
             """A part of a head's rows, so that one part's softmax hides another's products."""
+            part = min(PART, M - at)
             mine = pl.ds(at, part)
             dims = (((1,), (1,)), ((), ()))
             s = jax.lax.dot_general(q[0, h, mine], k, dims, preferred_element_type=jnp.float32)
@@ -136,7 +135,7 @@ def _kernel(
             k, v = buffer[side, h], buffer[side, h if layout.shared else layout.kv_heads + h]
             if narrow:
                 k, v = k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
-            for at in range(0, M, part):
+            for at in range(0, M, PART):
                 rows(h, k, v, at)
 
         jax.lax.fori_loop(0, layout.kv_heads, head, None)

@@ -191,3 +191,11 @@ async def test_many_streams_at_once_are_each_whole(server: Server) -> None:
 
     assert all(await asyncio.gather(*(one(i) for i in range(64))))
     await client.close()
+
+
+@pytest.mark.parametrize("field", ["priority", "prompt_logprob_start"])
+def test_a_number_that_no_message_can_carry_is_a_400(server: Server, field: str) -> None:
+    body = {"messages": HELLO, "max_tokens": 5, field: 10**30}
+    response = server.post("/v1/chat/completions", body)
+    assert response.status_code == 400
+    assert "does not fit in 64 bits" in response.json()["error"]["message"]

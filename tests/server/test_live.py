@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,8 @@ def test_every_api_process_shows_the_engine(launch):
     server = launch("--api-server-count", "2", step=0.001)
     for _ in range(6):
         with live(server) as response:
-            stream = events(response)
-            assert [next(stream)["kind"], next(stream)["kind"]] == ["state", "view"]
+            kinds = [event["kind"] for event in islice(events(response), 4)]
+            assert kinds[0] == "state" and "view" in kinds, kinds  # one may begin a moment later
 
 
 def test_the_end_of_the_engine_is_told(launch):

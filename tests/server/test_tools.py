@@ -1,6 +1,7 @@
 """Tools and thoughts through the real server; the fake engine says what the conversation says."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from octavo.server.protocol.tools import Function, Tool
 from octavo.server.speech import Speech
 from tests.server.conftest import Server
 
-WEATHER = {
+WEATHER: Any = {
     "type": "function",
     "function": {
         "name": "weather",
