@@ -27,6 +27,7 @@ class Choice:
         self._parser, self._thinking, self._strip = parser, thinking, strip
         self._several, self._new_id = several, new_id
         self._space = ""  # white space that may be beside a call
+        self._beside = False  # nothing but white space came since a call
         self._calls = 0
         self.reasoning_tokens = 0
 
@@ -53,9 +54,8 @@ class Choice:
         if ended:
             if self._strip is not None:
                 self._say(delta, "", self._strip.finish())
-            if not self._calls:
-                delta.text += self._space
-            elif delta.finish_reason == "stop":
+            delta.text += self._space
+            if self._calls and delta.finish_reason == "stop":
                 delta.finish_reason = "tool_calls"
 
     def _read(self, text: str, ended: bool) -> list[Event]:
@@ -77,15 +77,15 @@ class Choice:
         if self._strip is not None:
             text = self._strip.feed(text)
         text = self._space + text + rest
+        if self._beside:
+            text = text.lstrip()
         ready = text.rstrip()
-        if self._calls and not ready:
-            self._space = ""
-            return
+        self._beside = self._beside and not ready
         delta.text += ready
         self._space = text[len(ready) :]
 
     def _begin(self, delta: Delta, name: str) -> None:
-        self._space = ""
+        self._space, self._beside = "", True
         self._calls += 1
         if self._counts():
             new = ToolCall(self._calls - 1, self._new_id(), name, "")

@@ -224,7 +224,7 @@ def test_a_property_may_have_the_name_of_a_word_of_json_schema():
         "$defs": {"text": {"type": "string"}},
     }
     tool = Tool(function=Function(name="f", parameters=parameters))
-    schema = forced_form([tool], "", several=True).json
+    schema: Any = forced_form([tool], "", several=True).json
     moved = schema["items"]["anyOf"][0]["properties"]["parameters"]
     assert moved["properties"]["definitions"] == {"$ref": "#/$defs/tool0_text"}
     assert moved["properties"]["$ref"] == {"type": "string"}

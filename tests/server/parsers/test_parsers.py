@@ -2,12 +2,15 @@
 
 import json
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from octavo.server.collect import Delta
 from octavo.server.parsers.bare import llama3_json, mistral, pythonic
+from octavo.server.parsers.choice import Choice
 from octavo.server.parsers.events import CallBegins, CallGoesOn, Text, Thought
 from octavo.server.parsers.forced import Named, Required
 from octavo.server.parsers.harmony import Harmony
@@ -17,7 +20,7 @@ from octavo.server.parsers.tagged import Tagged, read_json_calls, xml_reader
 from octavo.server.parsers.values import typed
 
 SCHEMAS = {"f": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
-PARSERS = {
+PARSERS: dict[str, Any] = {
     "hermes": lambda: Tagged(read_json_calls),
     "xml": lambda: Tagged(xml_reader(SCHEMAS)),
     "llama3_json": llama3_json,
@@ -99,6 +102,42 @@ def test_cuts_change_nothing(name, cut):
     assert read(PARSERS[name](), pieces) == read(PARSERS[name](), [text])
 
 
+def heard(name, thinks, pieces):
+    """What a choice says in all: content, thoughts, calls and why it ended."""
+    thinking: Any = {"harmony": Harmony, "think": lambda: Thinking(inside=False)}.get(thinks)
+    choice = Choice(
+        PARSERS[name](),
+        thinking() if thinking else None,
+        Strip(["<|eot|>", "[TOOL_CALLS]", "<|python_tag|>"]),
+        True,
+        lambda: "id",
+    )
+    whole = Delta(0, 0)
+    for i, piece in enumerate(pieces):
+        delta = Delta(0, 0, piece, finish_reason="stop" if i == len(pieces) - 1 else None)
+        choice.rewrite(delta)
+        whole.extend(delta)
+    calls = [(call.index, call.name) for call in whole.tool_calls if call.name]
+    arguments = {call.index: "" for call in whole.tool_calls}
+    for call in whole.tool_calls:
+        arguments[call.index] += call.arguments
+    return whole.text, whole.reasoning, calls, arguments, whole.finish_reason
+
+
+@pytest.mark.parametrize("name", ["hermes", "xml", "llama3_json", "mistral", "pythonic"])
+@given(
+    parts=st.lists(st.sampled_from([*TEXTS, " ", "\n\n", "ok", "<|eot|>"]), max_size=4),
+    thinks=st.sampled_from(["", "think", "harmony"]),
+    data=st.data(),
+)
+def test_cuts_change_nothing_of_what_a_choice_says(name, parts, thinks, data):
+    text = "".join(parts)
+    places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    pieces = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+    assert heard(name, thinks, pieces) == heard(name, thinks, [text])
+    assert heard(name, thinks, [*text, ""]) == heard(name, thinks, [text])
+
+
 @pytest.mark.parametrize("name", PARSERS)
 @given(text=st.text("<>/[]{}|toolcall_think()=\"' \n", max_size=60), data=st.data())
 def test_text_without_calls_comes_out_as_it_went_in(name, text, data):
@@ -159,6 +198,13 @@ def test_thoughts_leave_the_answer():
 
 def test_channels_are_told_apart():
     assert read(Harmony(), [TEXTS[18]]) == [[Thought, "Hm."], [Text, "Hi!"]]
+
+
+@pytest.mark.parametrize("cut", range(14))
+def test_what_a_stripped_token_parted_makes_no_new_one(cut):
+    strip, whole = Strip(["<|eot|>"]), "<|e<|eot|>ot|>"
+    text = strip.feed(whole[:cut]) + strip.feed(whole[cut:]) + strip.finish()
+    assert text == "<|eot|>"
 
 
 def test_special_tokens_are_stripped_wherever_they_are_cut():
