@@ -47,14 +47,20 @@ def _hoisted(schema: dict[str, Any], tool: int, definitions: dict[str, Any]) -> 
         for name in schema.get(place) or {}
     }
 
-    def moved(value: Any) -> Any:
+    def moved(value: Any, schema: bool = True) -> Any:
+        """`schema`: its keys are words of JSON Schema, not names that the user gave."""
         if isinstance(value, list):
             return [moved(item) for item in value]
         if not isinstance(value, dict):
             return value
-        out = {k: moved(v) for k, v in value.items() if k not in ("$defs", "definitions")}
-        if value.get("$ref") in own:
-            out["$ref"] = f"#/$defs/{own[value['$ref']]}"
+        out = {
+            k: moved(v, not schema or k not in ("properties", "patternProperties"))
+            for k, v in value.items()
+            if not (schema and k in ("$defs", "definitions"))
+        }
+        reference = value.get("$ref")
+        if schema and isinstance(reference, str) and reference in own:
+            out["$ref"] = f"#/$defs/{own[reference]}"
         return out
 
     for place in ("$defs", "definitions"):

@@ -9,8 +9,15 @@ from octavo.server.parsers.choice import Choice
 from octavo.server.parsers.events import Parser, Plain
 from octavo.server.parsers.forced import Named, Required
 from octavo.server.parsers.harmony import Harmony
-from octavo.server.parsers.reasoning import CLOSE
-from octavo.server.parsers.registry import TOOL_FORMATS, reasoning_format, thinking, tool_format
+from octavo.server.parsers.reasoning import CLOSE, leaves_open
+from octavo.server.parsers.registry import (
+    AUTO,
+    TOOL_FORMATS,
+    long_id,
+    reasoning_format,
+    thinking,
+    tool_format,
+)
 from octavo.server.parsers.strip import Strip
 from octavo.server.protocol.chat import ChatCompletionRequest
 from octavo.server.protocol.errors import bad_request
@@ -25,6 +32,8 @@ class Speech:
 
     def __init__(self, tools: str, reasoning: str, template: str) -> None:
         """`tools` and `reasoning` are the two flags; `template` is the model's chat template."""
+        # Without either, a model that does not open its thoughts may not think at all.
+        self._thinks = reasoning != AUTO or "enable_thinking" in template
         self.template_has_tools = "tools" in template
         self.tools = tool_format(tools, template)
         self.reasoning = reasoning_format(reasoning, template)
@@ -52,6 +61,8 @@ class Speech:
             return ""
         if self.reasoning == "openai_gptoss":
             return HARMONY_FINAL
+        if not self._thinks and not leaves_open(prompt):
+            return ""  # waiting for the end of thoughts that never begin would leave it unruled
         return CLOSE if thinking(self.reasoning, prompt) is not None else ""
 
     def thought_end(self, body: ChatCompletionRequest, prompt: str) -> str:
@@ -81,12 +92,15 @@ class Speech:
         strip = self.special(body) and body.skip_special_tokens is not False
         several = body.parallel_tool_calls is not False
 
+        new_id = TOOL_FORMATS[self.tools].new_id if self.tools else long_id
+
         def make() -> Choice:
             return Choice(
                 self._parser(body, calls and not harmony),
                 Harmony() if harmony else thinking(self.reasoning, prompt),
                 Strip(marks) if strip else None,
                 several,
+                new_id,
             )
 
         return make

@@ -5,16 +5,17 @@ held back to its end, and is text after all where it cannot be read.
 """
 
 import ast
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 from octavo.server.parsers.events import Event, Text, call, held
 from octavo.server.parsers.tagged import calls_of, read_json_calls
+from octavo.server.parsers.values import decode, encode
 
 PYTHON_TAG = "<|python_tag|>"
 TOOL_CALLS = "[TOOL_CALLS]"
+_DOTTED = re.compile(r"\w+(?:\.\w+)*")
 _NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
 
 
@@ -72,7 +73,7 @@ def llama3_json() -> Whole:
     """{"name": ..., "parameters": {...}}; several are parted by a semicolon."""
 
     def read(text: str) -> list[Event] | None:
-        return read_json_calls(text.strip().removeprefix(PYTHON_TAG))
+        return read_json_calls(text.strip().removeprefix(PYTHON_TAG), bare=True)
 
     return Whole((PYTHON_TAG, "{"), read)
 
@@ -88,7 +89,7 @@ def mistral() -> Behind:
                 calls = read_json_calls(part)
             else:
                 try:
-                    arguments = json.loads(part[found.end() :])
+                    arguments = decode(part[found.end() :])
                 except (ValueError, RecursionError):
                     return None
                 calls = calls_of({"name": found[1], "arguments": arguments})
@@ -120,10 +121,13 @@ def _python_call(node: ast.expr) -> list[Event]:
         raise ValueError("no call with named arguments")
     arguments: dict[str, Any] = {}
     for keyword in node.keywords:
-        if keyword.arg is None:
+        if keyword.arg is None or keyword.arg in arguments:
             raise ValueError("no call with named arguments")
         arguments[keyword.arg] = _literal(keyword.value)
-    return call(ast.unparse(node.func), json.dumps(arguments, ensure_ascii=False))
+    name = ast.unparse(node.func)
+    if not _DOTTED.fullmatch(name):
+        raise ValueError("no name of a tool")
+    return call(name, encode(arguments))
 
 
 class _JsonWords(ast.NodeTransformer):
@@ -134,6 +138,4 @@ class _JsonWords(ast.NodeTransformer):
 
 def _literal(node: ast.expr) -> Any:
     """A Python literal; JSON's own words are taken as well."""
-    value = ast.literal_eval(_JsonWords().visit(node))
-    json.dumps(value)  # a set, bytes or a complex number: TypeError
-    return value
+    return ast.literal_eval(_JsonWords().visit(node))

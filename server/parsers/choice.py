@@ -1,6 +1,6 @@
 """One choice of an answer: its text in, the fields of its deltas out."""
 
-import uuid
+from collections.abc import Callable
 
 from octavo.server.collect import Delta, ToolCall
 from octavo.server.parsers.events import CallBegins, CallGoesOn, Event, Parser, Text, Thought
@@ -21,11 +21,13 @@ class Choice:
         thinking: Thinking | Harmony | None,
         strip: Strip | None,
         several: bool,
+        new_id: Callable[[], str],
     ) -> None:
         """`parser` reads what `thinking` leaves; `several`: calls after the first count too."""
         self._parser, self._thinking, self._strip = parser, thinking, strip
-        self._several = several
+        self._several, self._new_id = several, new_id
         self._space = ""  # white space that may be beside a call
+        self._beside = False  # nothing but white space came since a call
         self._calls = 0
         self.reasoning_tokens = 0
 
@@ -52,9 +54,8 @@ class Choice:
         if ended:
             if self._strip is not None:
                 self._say(delta, "", self._strip.finish())
-            if not self._calls:
-                delta.text += self._space
-            elif delta.finish_reason == "stop":
+            delta.text += self._space
+            if self._calls and delta.finish_reason == "stop":
                 delta.finish_reason = "tool_calls"
 
     def _read(self, text: str, ended: bool) -> list[Event]:
@@ -76,18 +77,18 @@ class Choice:
         if self._strip is not None:
             text = self._strip.feed(text)
         text = self._space + text + rest
+        if self._beside:
+            text = text.lstrip()
         ready = text.rstrip()
-        if self._calls and not ready:
-            self._space = ""
-            return
+        self._beside = self._beside and not ready
         delta.text += ready
         self._space = text[len(ready) :]
 
     def _begin(self, delta: Delta, name: str) -> None:
-        self._space = ""
+        self._space, self._beside = "", True
         self._calls += 1
         if self._counts():
-            new = ToolCall(self._calls - 1, f"call_{uuid.uuid4().hex}", name, "")
+            new = ToolCall(self._calls - 1, self._new_id(), name, "")
             delta.tool_calls.append(new)
 
     def _counts(self) -> bool:

@@ -25,8 +25,9 @@ class Required:
     """A JSON list of calls; each is given out when its object is whole."""
 
     def __init__(self) -> None:
-        self._buffer = ""
+        self._buffer, self._around = "", ""
         self._depth, self._string, self._escaped = 0, False, False
+        self._called = False
 
     def feed(self, text: str) -> list[Event]:
         events: list[Event] = []
@@ -34,14 +35,18 @@ class Required:
             if self._depth == 0:
                 if character == "{":
                     self._buffer, self._depth = character, 1
-                elif not character.isspace() and character not in "[],":
-                    events.append(Text(character))  # no JSON: the grammar was cut short
+                elif character.isspace() or character in "[],":
+                    self._around += character
+                else:
+                    events.append(Text(self._around + character))  # no JSON: no grammar ruled
+                    self._around = ""
                 continue
             self._buffer += character
             if self._count(character):
                 found = read_json_calls(self._buffer)
-                events += [Text(self._buffer)] if found is None else found
-                self._buffer = ""
+                events += [Text(self._around + self._buffer)] if found is None else found
+                self._called = self._called or found is not None
+                self._buffer = self._around = ""
         return events
 
     def _count(self, character: str) -> bool:
@@ -58,5 +63,7 @@ class Required:
         return self._depth == 0
 
     def finish(self) -> list[Event]:
-        rest, self._buffer = self._buffer, ""
+        if self._called and not self._buffer:
+            return []  # the end of the list
+        rest, self._buffer, self._around = self._around + self._buffer, "", ""
         return [Text(rest)] if rest else []

@@ -1,5 +1,6 @@
 """Parsers by name, the names of vLLM, and the choice for a model that nobody named one for."""
 
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,19 +12,30 @@ from octavo.server.parsers.tagged import Schemas, Tagged, read_json_calls, xml_r
 AUTO, NONE = "auto", "none"
 
 
+def long_id() -> str:
+    """The name of a call."""
+    return f"call_{uuid.uuid4().hex}"
+
+
+def short_id() -> str:
+    """Nine letters or digits: chat templates of Mistral refuse any other earlier call."""
+    return uuid.uuid4().hex[:9]
+
+
 @dataclass(frozen=True)
 class ToolFormat:
     """How a model writes its calls."""
 
     make: Callable[[Schemas], Parser]
     special: bool  # its marks are special tokens, which a text leaves out unless told otherwise
+    new_id: Callable[[], str] = long_id
 
 
 TOOL_FORMATS = {
     "hermes": ToolFormat(lambda _: Tagged(read_json_calls), special=False),
     "qwen3_xml": ToolFormat(lambda schemas: Tagged(xml_reader(schemas)), special=False),
     "llama3_json": ToolFormat(lambda _: llama3_json(), special=True),
-    "mistral": ToolFormat(lambda _: mistral(), special=True),
+    "mistral": ToolFormat(lambda _: mistral(), special=True, new_id=short_id),
     "pythonic": ToolFormat(lambda _: pythonic(), special=False),
     "openai": ToolFormat(lambda _: Plain(), special=True),  # its calls are read with its thoughts
 }

@@ -17,10 +17,10 @@ class Strip:
     def feed(self, text: str) -> str:
         if not self._marks:
             return text
-        text = self._pattern.sub("", self._buffer + text)
-        at = len(text) - held(text, self._marks)
+        *before, text = self._pattern.split(self._buffer + text)
+        at = len(text) - held(text, self._marks)  # what a removed mark parted makes no new one
         self._buffer = text[at:]
-        return text[:at]
+        return "".join(before) + text[:at]
 
     def finish(self) -> str:
         rest, self._buffer = self._buffer, ""

@@ -1,11 +1,11 @@
 """Calls between two marks, <tool_call> ... </tool_call>: as JSON or as tags of their own."""
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 from octavo.server.parsers.events import Event, Text, call, held
+from octavo.server.parsers.values import decode_at, encode, encode_object, typed
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 Schemas = dict[str, dict[str, Any]]  # the parameters' JSON schema, by the tool's name
@@ -22,6 +22,7 @@ class Tagged:
     def __init__(self, read: Callable[[str], list[Event] | None]) -> None:
         self._read = read
         self._buffer, self._inside = "", False
+        self._strings = Strings()
 
     def feed(self, text: str) -> list[Event]:
         self._buffer += text
@@ -32,6 +33,7 @@ class Tagged:
             if at < 0:
                 break
             part, self._buffer = self._buffer[:at], self._buffer[at + len(mark) :]
+            self._strings = Strings()
             if self._inside:
                 found = self._read(part)
                 events += [Text(OPEN + part + CLOSE)] if found is None else found
@@ -50,11 +52,10 @@ class Tagged:
 
     def _end(self) -> int:
         """Where the call's closing mark begins: not inside a JSON string. -1: not there yet."""
-        start = 0
-        while (at := self._buffer.find(CLOSE, start)) >= 0:
-            if not _in_string(self._buffer[:at]):
+        while (at := self._buffer.find(CLOSE, self._strings.at)) >= 0:
+            if not self._strings.inside(self._buffer, at):
                 return at
-            start = at + 1
+            self._strings.inside(self._buffer, at + len(CLOSE))
         return -1
 
     def finish(self) -> list[Event]:
@@ -70,32 +71,43 @@ class Tagged:
         return [Text(OPEN + rest)]
 
 
-def _in_string(text: str) -> bool:
-    """Whether JSON text ends inside a string."""
-    if not text.lstrip().startswith(("{", "[")):
-        return False
-    inside = escaped = False
-    for character in text:
-        if escaped:
-            escaped = False
-        elif character == "\\":
-            escaped = inside
-        elif character == '"':
-            inside = not inside
-    return inside
+class Strings:
+    """Where the strings of growing JSON text are; every character is looked at once."""
+
+    def __init__(self) -> None:
+        self.at = 0  # characters looked at
+        self._json: bool | None = None  # None: not known yet
+        self._inside = self._escaped = False
+
+    def inside(self, text: str, at: int) -> bool:
+        """Whether `at`, which never goes back, is inside a string; never in text that is no JSON"""
+        if self._json is None:
+            self._json = text[:at].lstrip().startswith(("{", "["))
+        if self._json:
+            for character in text[self.at : at]:
+                if self._escaped:
+                    self._escaped = False
+                elif character == "\\":
+                    self._escaped = self._inside
+                elif character == '"':
+                    self._inside = not self._inside
+        self.at = max(self.at, at)
+        return self._inside
 
 
-def read_json_calls(text: str) -> list[Event] | None:
-    """{"name": ..., "arguments": {...}}, or several of them; None where it is anything else."""
+def read_json_calls(text: str, bare: bool = False) -> list[Event] | None:
+    """{"name": ..., "arguments": {...}}, or several of them; None where it is anything else.
+
+    `bare`: no mark says that it is a call, so that one without arguments is an answer in JSON.
+    """
     events: list[Event] = []
-    decoder = json.JSONDecoder()
     at, text = 0, text.strip()
     while at < len(text):
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, at = decode_at(text, at)
         except (ValueError, RecursionError):
             return None
-        found = calls_of(value)
+        found = calls_of(value, bare)
         if found is None:
             return None
         events += found
@@ -104,21 +116,24 @@ def read_json_calls(text: str) -> list[Event] | None:
     return events or None
 
 
-def calls_of(value: Any) -> list[Event] | None:
+def calls_of(value: Any, bare: bool = False) -> list[Event] | None:
     """The calls in a decoded object or list of objects; None where one is no call."""
     if isinstance(value, list):
-        parts = [calls_of(item) for item in value]
+        parts = [calls_of(item, bare) for item in value]
         if not parts or any(part is None for part in parts):
             return None
         return [event for part in parts for event in part or ()]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):
-        return call(value["name"], arguments)
-    if not isinstance(arguments, dict):
+    if bare and not {"arguments", "parameters"} & value.keys():
         return None
-    return call(value["name"], json.dumps(arguments, ensure_ascii=False))
+    try:
+        value["name"].encode()  # half of a pair of surrogates cannot be sent
+        return call(
+            value["name"], encode_object(value.get("arguments", value.get("parameters", {})))
+        )
+    except (ValueError, RecursionError):
+        return None
 
 
 def xml_reader(schemas: Schemas) -> Callable[[str], list[Event] | None]:
@@ -134,24 +149,16 @@ def xml_reader(schemas: Schemas) -> Callable[[str], list[Event] | None]:
             found = _FUNCTION.match(text, at)
             if found is None or found.end() == at:
                 return None
-            schema = schemas.get(found[1], {}).get("properties", {})
+            if _PARAMETER.sub("", found[2]).strip():
+                return None  # text that no parameter holds
+            properties = schemas.get(found[1], {}).get("properties")
+            known = properties if isinstance(properties, dict) else {}
             arguments = {
-                key: _value(value, schema.get(key)) for key, value in _PARAMETER.findall(found[2])
+                key: typed(value.removeprefix("\n").removesuffix("\n"), known.get(key))
+                for key, value in _PARAMETER.findall(found[2])
             }
-            events += call(found[1], json.dumps(arguments, ensure_ascii=False))
+            events += call(found[1], encode(arguments))
             at = found.end()
         return events or None
 
     return read
-
-
-def _value(text: str, schema: Any) -> Any:
-    text = text.removeprefix("\n").removesuffix("\n")
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    if kind == "string" or (isinstance(kind, list) and "string" in kind and text != "null"):
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        words: dict[str, Any] = {"true": True, "false": False, "none": None}
-        return words.get(text.strip().lower(), text)

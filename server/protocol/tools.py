@@ -9,6 +9,7 @@ import msgspec
 from octavo.server.protocol.errors import bad_request
 
 MAX_TOOLS = 128
+MAX_DEPTH = 64  # objects and lists inside each other
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
@@ -51,6 +52,30 @@ def check_tools(tools: list[Tool]) -> None:
                 f"`{field}.function.parameters` must be the schema of an object, got {kind!r}",
                 f"{field}.function.parameters",
             )
+        _check_schema(f"{field}.function.parameters", tool.function.parameters or {})
+
+
+def _check_schema(field: str, schema: dict[str, Any]) -> None:
+    if _deeper(schema, MAX_DEPTH):
+        raise bad_request(
+            f"`{field}` may nest at most {MAX_DEPTH} levels deep, and is deeper", field
+        )
+    for key in ("properties", "$defs", "definitions"):
+        if not isinstance(schema.get(key) or {}, dict):
+            raise bad_request(f"`{field}.{key}` must be an object", f"{field}.{key}")
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are inside each other more often; in no deep calls itself."""
+    level = [value]
+    for _ in range(levels + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def check_calls(i: int, message: dict[str, Any]) -> dict[str, Any]:
@@ -72,6 +97,10 @@ def check_calls(i: int, message: dict[str, Any]) -> dict[str, Any]:
                 raise bad_request(f"`{where}[{j}].function.arguments` is not JSON", where) from None
         if arguments is None:
             arguments = {}
+        if _deeper(arguments, MAX_DEPTH):
+            raise bad_request(
+                f"`{where}[{j}].function.arguments` may nest at most {MAX_DEPTH} levels deep", where
+            )
         checked.append({**one, "function": {**function, "arguments": arguments}})
     return {**message, "tool_calls": checked}
 

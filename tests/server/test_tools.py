@@ -5,6 +5,10 @@ from typing import Any
 
 import pytest
 
+from octavo.engine.sampling_params import SamplingParams, StructuredOutputsParams
+from octavo.server.calls import forced_form
+from octavo.server.protocol.tools import Function, Tool
+from octavo.server.speech import Speech
 from tests.server.conftest import Server
 
 WEATHER: Any = {
@@ -21,6 +25,16 @@ WEATHER: Any = {
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
 REPEAT = "{% for m in messages %}{{ m.content }}{% endfor %}"  # so that the fake engine says it
 TOOLED = "{% if tools %}{% endif %}" + REPEAT
+
+
+DEEP: dict = {"type": "object"}
+for _ in range(300):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
+
+
+def forced(parameters: dict) -> dict:
+    function = {"name": "f", "parameters": parameters}
+    return {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
 
 
 @pytest.fixture
@@ -156,6 +170,9 @@ def test_thoughts_leave_the_answer_and_are_counted(talker):
             "excludes a `tool_choice`",
         ),
         ({"functions": [{"name": "f"}]}, "use `tools`"),
+        (forced({"$defs": [1]}), "`tools[0].function.parameters.$defs` must be an object"),
+        (forced({"properties": "x"}), "`tools[0].function.parameters.properties` must be"),
+        (forced(DEEP), "may nest at most 64 levels deep"),
     ],
 )
 def test_what_cannot_be_asked_is_a_400(server, body, message):
@@ -171,3 +188,55 @@ def test_a_call_that_is_held_back_does_not_end_the_stream_of_messages(talker):
     events = talker().post("/v1/messages", asked).text
     assert '"partial_json":"{\\"city\\": \\"Paris\\"}"' in events
     assert events.rstrip().endswith('data: {"type":"message_stop"}')
+
+
+def test_each_choice_has_its_own_calls_in_the_clients_own_helper(talker):
+    text = f"<think>Hm.</think>{CALL}!"
+    client = talker(TOOLED + "{# </think> #}").openai()
+    asked = {"model": "tiny", "messages": say(text), "tools": [WEATHER], "stop": "!"}
+    with client.chat.completions.stream(**asked, n=2, temperature=1) as stream:
+        completion = stream.get_final_completion()
+    assert len(completion.choices) == 2
+    for choice in completion.choices:
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.reasoning == "Hm."
+        [call] = choice.message.tool_calls
+        assert call.function.name == "weather"
+        assert json.loads(call.function.arguments) == {"city": "Paris"}
+    ids = [choice.message.tool_calls[0].id for choice in completion.choices]
+    assert len(set(ids)) == 2
+
+
+def test_calls_of_mistral_have_the_names_that_its_template_takes(talker):
+    text = '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Rome"}}]'
+    asked = {"messages": say(text), "tools": [WEATHER], "max_tokens": len(text)}
+    server = talker(TOOLED, "--tool-call-parser", "mistral")
+    message = server.post("/v1/chat/completions", asked).json()["choices"][0]["message"]
+    [call] = message["tool_calls"]
+    assert len(call["id"]) == 9 and call["id"].isalnum()
+
+
+def test_a_property_may_have_the_name_of_a_word_of_json_schema():
+    parameters = {
+        "type": "object",
+        "properties": {"definitions": {"$ref": "#/$defs/text"}, "$ref": {"type": "string"}},
+        "required": ["definitions"],
+        "$defs": {"text": {"type": "string"}},
+    }
+    tool = Tool(function=Function(name="f", parameters=parameters))
+    schema: Any = forced_form([tool], "", several=True).json
+    moved = schema["items"]["anyOf"][0]["properties"]["parameters"]
+    assert moved["properties"]["definitions"] == {"$ref": "#/$defs/tool0_text"}
+    assert moved["properties"]["$ref"] == {"type": "string"}
+    assert schema["$defs"] == {"tool0_text": {"type": "string"}}
+
+
+def test_a_grammar_waits_for_thoughts_only_where_the_model_surely_thinks():
+    ruled = SamplingParams(structured_outputs=StructuredOutputsParams(json_object=True))
+    instruct = "{{ m.content.split('</think>') }}"  # cuts earlier thoughts out, and has none itself
+    hybrid = instruct + "{% if enable_thinking %}"
+    assert Speech("auto", "auto", instruct).mask_after(ruled, "<assistant>") == ""
+    assert Speech("auto", "auto", instruct).mask_after(ruled, "<assistant><think>\n") == "</think>"
+    assert Speech("auto", "auto", hybrid).mask_after(ruled, "<assistant>") == "</think>"
+    assert Speech("auto", "qwen3", instruct).mask_after(ruled, "<assistant>") == "</think>"
+    assert Speech("auto", "auto", hybrid).mask_after(ruled, "<think>\n\n</think>\n\n") == ""

@@ -1,21 +1,26 @@
 """Parsers: what they find, that cuts change nothing, and that no text is lost."""
 
 import json
+import time
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from octavo.server.collect import Delta
 from octavo.server.parsers.bare import llama3_json, mistral, pythonic
+from octavo.server.parsers.choice import Choice
 from octavo.server.parsers.events import CallBegins, CallGoesOn, Text, Thought
 from octavo.server.parsers.forced import Named, Required
 from octavo.server.parsers.harmony import Harmony
 from octavo.server.parsers.reasoning import Thinking
 from octavo.server.parsers.strip import Strip
 from octavo.server.parsers.tagged import Tagged, read_json_calls, xml_reader
+from octavo.server.parsers.values import typed
 
 SCHEMAS = {"f": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
-PARSERS = {
+PARSERS: dict[str, Any] = {
     "hermes": lambda: Tagged(read_json_calls),
     "xml": lambda: Tagged(xml_reader(SCHEMAS)),
     "llama3_json": llama3_json,
@@ -97,6 +102,42 @@ def test_cuts_change_nothing(name, cut):
     assert read(PARSERS[name](), pieces) == read(PARSERS[name](), [text])
 
 
+def heard(name, thinks, pieces):
+    """What a choice says in all: content, thoughts, calls and why it ended."""
+    thinking: Any = {"harmony": Harmony, "think": lambda: Thinking(inside=False)}.get(thinks)
+    choice = Choice(
+        PARSERS[name](),
+        thinking() if thinking else None,
+        Strip(["<|eot|>", "[TOOL_CALLS]", "<|python_tag|>"]),
+        True,
+        lambda: "id",
+    )
+    whole = Delta(0, 0)
+    for i, piece in enumerate(pieces):
+        delta = Delta(0, 0, piece, finish_reason="stop" if i == len(pieces) - 1 else None)
+        choice.rewrite(delta)
+        whole.extend(delta)
+    calls = [(call.index, call.name) for call in whole.tool_calls if call.name]
+    arguments = {call.index: "" for call in whole.tool_calls}
+    for call in whole.tool_calls:
+        arguments[call.index] += call.arguments
+    return whole.text, whole.reasoning, calls, arguments, whole.finish_reason
+
+
+@pytest.mark.parametrize("name", ["hermes", "xml", "llama3_json", "mistral", "pythonic"])
+@given(
+    parts=st.lists(st.sampled_from([*TEXTS, " ", "\n\n", "ok", "<|eot|>"]), max_size=4),
+    thinks=st.sampled_from(["", "think", "harmony"]),
+    data=st.data(),
+)
+def test_cuts_change_nothing_of_what_a_choice_says(name, parts, thinks, data):
+    text = "".join(parts)
+    places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    pieces = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+    assert heard(name, thinks, pieces) == heard(name, thinks, [text])
+    assert heard(name, thinks, [*text, ""]) == heard(name, thinks, [text])
+
+
 @pytest.mark.parametrize("name", PARSERS)
 @given(text=st.text("<>/[]{}|toolcall_think()=\"' \n", max_size=60), data=st.data())
 def test_text_without_calls_comes_out_as_it_went_in(name, text, data):
@@ -159,8 +200,70 @@ def test_channels_are_told_apart():
     assert read(Harmony(), [TEXTS[18]]) == [[Thought, "Hm."], [Text, "Hi!"]]
 
 
+@pytest.mark.parametrize("cut", range(14))
+def test_what_a_stripped_token_parted_makes_no_new_one(cut):
+    strip, whole = Strip(["<|eot|>"]), "<|e<|eot|>ot|>"
+    text = strip.feed(whole[:cut]) + strip.feed(whole[cut:]) + strip.finish()
+    assert text == "<|eot|>"
+
+
 def test_special_tokens_are_stripped_wherever_they_are_cut():
     whole = "a<|eot|>b <|e c<|eot|>"
     for at in range(len(whole)):
         strip = Strip(["<|eot|>", "</s>"])
         assert strip.feed(whole[:at]) + strip.feed(whole[at:]) + strip.finish() == "ab <|e c"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": "Paris"}</tool_call>'),
+        ("xml", '<tool_call><function=f>{"city": "Paris"}</function></tool_call>'),
+        ("llama3_json", '{"name": "Alice", "age": 3}'),  # an answer in JSON
+        ("pythonic", "[f()(x=1)]"),
+        ("pythonic", "[f(x=1, x=2)]"),
+        ("pythonic", "[f(x=1e999)]"),
+        ("required", "[oops, [x]"),
+        ("required", '[{"name": "f", "param'),
+    ],
+)
+def test_what_is_almost_a_call_is_text_whole(name, text):
+    assert read(PARSERS[name](), [text]) == [[Text, text]]
+
+
+def test_half_a_pair_of_surrogates_can_be_sent():
+    for name, text in (
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>'),
+        ("pythonic", '[f(a="\\ud83d")]'),
+    ):
+        [_, (_, arguments)] = read(PARSERS[name](), [text])
+        assert arguments.encode() == b'{"a": "\\ud83d"}'
+
+
+def test_marks_in_a_string_take_no_more_time_the_more_they_are():
+    marks = "</tool_call>" * 2000
+    text = f'<tool_call>{{"name": "f", "arguments": {{"a": "{marks}"}}}}</tool_call>'
+    began = time.process_time()
+    events = read(PARSERS["hermes"](), [text[i : i + 4] for i in range(0, len(text), 4)])
+    assert [kind for kind, _ in events] == [CallBegins, CallGoesOn]
+    assert time.process_time() - began < 5  # minutes, where every piece looks at all of them
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "expected"),
+    [
+        ("123", {"type": "string"}, "123"),
+        ("123", {"type": "integer"}, 123),
+        ("123", {"anyOf": [{"type": "string"}, {"type": "null"}]}, "123"),
+        ("null", {"anyOf": [{"type": "string"}, {"type": "null"}]}, None),
+        ("123", {"type": ["string", "integer"]}, 123),
+        ("3", {"enum": ["3", "4"]}, "3"),
+        ("True", {"type": "boolean"}, True),
+        ("[1]", None, [1]),
+        ("NaN", {"type": "number"}, "NaN"),
+    ],
+)
+def test_unquoted_values_have_the_type_of_the_schema(text, schema, expected):
+    assert typed(text, schema) == expected
