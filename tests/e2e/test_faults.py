@@ -148,8 +148,11 @@ def test_ten_thousand_requests_all_finish_or_are_told_to_come_back(launch: Launc
 
     with httpx.Client(base_url=server.url, timeout=120, limits=httpx.Limits()) as client:
         threads = [threading.Thread(target=ask, args=(client,)) for _ in range(200)]
+        os.kill(engine_of(server), signal.SIGSTOP)  # so that the queue surely fills
         for thread in threads:
             thread.start()
+        server.until(lambda: (503, 0) in got, "the queue took everything")
+        os.kill(engine_of(server), signal.SIGCONT)
         for thread in threads:
             thread.join()
     assert len(got) == 200 and {(200, 50), (503, 0)} == set(got)
