@@ -2,31 +2,38 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 
 from octavo.backends import plain
+from octavo.backends.chips import Chip, chip_of
 from octavo.backends.cpu import more_than_one_device
 from octavo.backends.record import Backend, Layer, doubling
 from octavo.models.layers import Experts
 from octavo.models.ops import Stacks
 from octavo.pallas_kernels.attention import tpu
 
+LANES = 128
 PAGE = 32  # one tile of 8-bit keys; larger pages gain less than 5 % of a decode step's copies
 
 
 def backend(reason: str) -> Backend:
     """The record of the TPU that is here."""
     device = jax.devices("tpu")[0]
-    return record(reason, (device,), _free_memory(device))
+    return record(reason, (device,), _free_memory(device), chip_of(device.device_kind))
 
 
 def record(
-    reason: str, devices: tuple[jax.Device, ...], memory_limit: Callable[[], int]
+    reason: str,
+    devices: tuple[jax.Device, ...],
+    memory_limit: Callable[[], int],
+    chip: Chip | None,
 ) -> Backend:
-    """The record of any TPU; with no devices it only compiles."""
+    """The record of any TPU; without devices, or with those of a topology, it serves nothing."""
     return Backend(
         name="tpu",
         reason=reason,
@@ -38,6 +45,7 @@ def record(
         grouped_linear=plain.grouped_linear,
         layers=layers,
         stacked=True,
+        stack_format=partial(stack_format, chip.stack_rows if chip else 0),
         row_buckets=lambda most: doubling(min(8, most), most),
         token_buckets=lambda most: doubling(min(128, most), most),
         max_num_seqs=128,
@@ -99,6 +107,16 @@ def layers(
         layer = jnp.int32(groups[:j].count(groups[j]))
         x, pools = one(x, pools, w, specs[j], layer)
     return x, pools
+
+
+def stack_format(rows: int, axes: int, sharding: Any) -> Any:
+    """How stacked matrices lie on a chip whose register tiles of weights have `rows` rows.
+
+    In jax's own layout, of 8 rows, XLA would copy the whole stack into this one at every step.
+    """
+    if not rows or axes < 3:
+        return sharding
+    return Format(Layout(tuple(range(axes)), tiling=((rows, LANES), (2, 1))), sharding)
 
 
 def cut(stack: Any, i: jax.Array) -> Any:

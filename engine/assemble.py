@@ -20,8 +20,9 @@ from octavo.engine.memory import Resolved, resolve
 from octavo.engine.text.opened import open_text
 from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from octavo.models.config import ModelConfig, ModelConfigError
-from octavo.models.load import LoadError, load_params, random_params
+from octavo.models.load import LoadError, StackFormat, load_params, random_params, where_it_lies
 from octavo.models.registry import Model
+from octavo.models.tensors import Tensor, array_shape
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -72,7 +73,9 @@ def assemble(
         if decided is not None:
             decided(backend, resolved)
         began = time.perf_counter()
-        params = load_weights(config, checkpoint, resolved.model, resolved.dtype, progress)
+        params = load_weights(
+            config, checkpoint, resolved.model, resolved.dtype, progress, backend.stack_format
+        )
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
     return Parts(backend, resolved, params, eos, time.perf_counter() - began, vocabulary)
@@ -89,10 +92,11 @@ def load_weights(
     model: Model,
     dtype: Any,
     progress: Progress | None = None,
+    stack_format: StackFormat = where_it_lies,
 ) -> Any:
     """Every parameter of `model`, in its place."""
     if config.load_format == "dummy":
-        return random_params(model, config.seed, dtype)
+        return random_params(model, config.seed, dtype, stack_format=stack_format)
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
@@ -110,6 +114,7 @@ def load_weights(
         dtype,
         put=put,
         progress=report,
+        stack_format=stack_format,
     )
 
 
@@ -139,6 +144,22 @@ def end_tokens(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
         if ids is not None:
             return [int(i) for i in (ids if isinstance(ids, list) else [ids])]
     return []
+
+
+def abstract_weights(backend: Backend, model: Model, dtype: Any, where: Any = None) -> Any:
+    """The parameters' shapes, and how they lie where that matters.
+
+    where: their sharding; the backend's first device without.
+    """
+    if not backend.stacked:
+        return model.abstract_params(dtype)
+    here = where or jax.sharding.SingleDeviceSharding(backend.devices[0])
+
+    def place(t: Tensor) -> Any:
+        axes = len(array_shape(t, model.sizes))
+        return backend.stack_format(axes, here) if t.axes.startswith("L ") else here
+
+    return model.abstract_params(dtype, place)
 
 
 def cache_maker(backend: Backend, resolved: Resolved) -> Callable[[], Any]:

@@ -90,6 +90,9 @@ class Programs:
     # By name: seconds to trace, which one thread does, and seconds of a thread to compile.
     builds: dict[str, tuple[float, float]] = field(default_factory=dict)
     found: int = 0  # programs that were kept from an earlier run
+    made: dict[str, Any] = field(default_factory=dict)  # all of them by name
+    # Where the state lies on devices that are not here: what is compiled for them is kept, not run.
+    elsewhere: Any = None
 
     def shapes(self) -> list[tuple[int, int]]:
         """The (R, T) of every forward pass."""
@@ -109,7 +112,8 @@ class Programs:
         store = None
         if self.folder is not None:
             made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
-            store = Store(self.folder / "whole", *made_from, _shapes(state))
+            devices = self.machine.backend.devices if self.elsewhere is not None else ()
+            store = Store(self.folder / "whole", *made_from, _shapes(state), devices=devices)
         done = 0
         with WATCH.building(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
@@ -118,7 +122,8 @@ class Programs:
                 if stop is not None and stop.is_set():
                     threads.shutdown(cancel_futures=True)
                     raise CancelledError
-                if store is not None and store.has(job.name, job.details):
+                here = store is not None and self.elsewhere is None
+                if here and store.has(job.name, job.details):
                     futures.append((job, threads.submit(_timed, store.load, job.name, job.details)))
                 else:
                     futures.append((job, self._build(job, store, threads)))
@@ -131,6 +136,7 @@ class Programs:
                 self.found += job.name not in self.builds
                 self.builds[job.name] = (self.builds.get(job.name, (0.0, 0.0))[0], seconds)
                 job.place(program)
+                self.made[job.name] = program
                 done += 1
                 if progress is not None:
                     progress(job.name, done, len(jobs))
@@ -140,7 +146,11 @@ class Programs:
     def _build(self, job: "Job", store: Store | None, threads: ThreadPoolExecutor) -> Any:
         """Trace here, compile and keep there: a future of (program, seconds)."""
         began = time.perf_counter()
-        lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.arguments)
+        arguments, where = job.arguments, {}
+        if self.elsewhere is not None:
+            arguments = jax.tree.map(self._placed, arguments)
+            where = {} if arguments else {"out_shardings": self.elsewhere}
+        lowered = jax.jit(job.function, donate_argnums=job.donate, **where).lower(*arguments)
         backend = self.machine.backend
         options = dict(backend.compiler_options(job.tokens))
         if backend.autotuning and store is not None:
@@ -154,6 +164,12 @@ class Programs:
             return program, seconds
 
         return threads.submit(work)
+
+    def _placed(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """The leaf on the devices that are not here."""
+        if leaf.sharding is not None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.elsewhere)
 
     def _jobs(self, params: Any, state: Any, init_kv: Callable[[], Any]) -> list[Job]:
         """Everything to compile, the slowest first."""
@@ -229,16 +245,7 @@ class Programs:
 
     def workspace(self) -> int:
         """The most temporary memory any program needs, in bytes."""
-        every = [
-            self.edit,
-            *self.forward.values(),
-            *self.greedy.values(),
-            *self.sample.values(),
-            *self.masked.values(),
-            *self.rich.values(),
-        ]
-        every += [*self.score.values(), *self.several.values()]
-        sizes = [p.memory_analysis() for p in every if p is not None]
+        sizes = [p.memory_analysis() for name, p in self.made.items() if name != "empty"]
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
 
 
@@ -254,6 +261,8 @@ def _timed(work: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(leaf, jax.ShapeDtypeStruct):  # it may say where it lies
+        return leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 

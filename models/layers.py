@@ -31,7 +31,7 @@ class Decoder:
 
 @flax.struct.dataclass
 class Attention:
-    qkv: Linear  # [E, K, J, D] J = H/K queries, one key, one value
+    qkv: Linear  # [E, K, J, D] J = H/K queries, one key, one value; or [E, K J D]
     out: Linear  # [H * D, E]
     q_norm: jax.Array | None = None  # [D]
     k_norm: jax.Array | None = None  # [D]
@@ -39,14 +39,14 @@ class Attention:
 
 @flax.struct.dataclass
 class Mlp:
-    gate_up: Linear  # [E, 2, F]
+    gate_up: Linear  # [E, 2, F], or [E, 2 F]
     down: Linear  # [F, E]
 
 
 @flax.struct.dataclass
 class Experts:
     router: Linear  # [E, X]
-    gate_up: jax.Array  # [X, E, 2, f], or with `layer` [L, X, E, 2, f]
+    gate_up: jax.Array  # [X, E, 2, f], or with `layer` [L, X, E, 2 f]
     down: jax.Array  # [X, f, E], or with `layer` [L, X, f, E]
     # i32[] of the L. A layer's experts are never cut out of their stack: a step reads few of them.
     layer: jax.Array | None = None
@@ -96,7 +96,8 @@ def attention(
 ) -> tuple[jax.Array, Any]:
     """x [N, E] -> [N, E], and this layer's cache with the new keys and values."""
     config = fixed.config
-    mixed = ops.linear(x, w.qkv)  # [N, K, J, D]
+    mixed = whole(ops.linear(x, w.qkv), w.qkv)
+    mixed = mixed.reshape(x.shape[0], config.K, -1, config.D)  # [N, K, J, D]
     q = mixed[:, :, :-2].reshape(-1, config.H, config.D)
     k, v = mixed[:, :, -2], mixed[:, :, -1]  # [N, K, D]
     if w.q_norm is not None and w.k_norm is not None:
@@ -109,6 +110,14 @@ def attention(
     return ops.linear(y.reshape(-1, config.H * config.D), w.out), kv
 
 
+def whole(y: jax.Array, w: Linear) -> jax.Array:
+    """What a `w` of several projections made, to be taken apart.
+
+    XLA would rather take a matrix apart than its product, and copy the weight at every step.
+    """
+    return y if w.weight.ndim > 2 else jax.lax.optimization_barrier(y)
+
+
 def norm_offset(config: ModelConfig) -> float:
     """Gemma stores its norm weights less one."""
     return 1.0 if config.family == "gemma3" else 0.0
@@ -116,8 +125,9 @@ def norm_offset(config: ModelConfig) -> float:
 
 def gated_mlp(config: ModelConfig, w: Mlp, x: jax.Array, ops: Ops) -> jax.Array:
     """x [N, E] -> down(act(gate(x)) * up(x)) [N, E]."""
-    both = ops.linear(x, w.gate_up)  # [N, 2, F]
-    return ops.linear(ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1], w.down)
+    both = whole(ops.linear(x, w.gate_up), w.gate_up)  # [N, 2, F], or [N, 2 F]
+    gate, up = jnp.split(both, 2, axis=1) if both.ndim == 2 else (both[:, 0], both[:, 1])
+    return ops.linear(ACTIVATIONS[config.activation](gate) * up, w.down)
 
 
 def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:

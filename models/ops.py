@@ -25,7 +25,7 @@ class Stacks:
     """The layers of a model whose backend runs them in a loop over stacked weights.
 
     Layers i, i + period, ... have one tree, each of its arrays with a leading axis; what is left
-    after the last whole period comes one by one.
+    after the last whole period comes one by one. Projections are matrices, [in, out].
     """
 
     periods: tuple[Any, ...]  # a tree per layer of a period, arrays [L // period, ...]
@@ -75,7 +75,7 @@ class Ops:
     grouped_linear(x [N, in], weight [X, in, out], sizes i32[X]) -> [N, out]
         rows of x are sorted by expert: the first sizes[0] rows meet weight[0], and so on; rows past
         the sum of sizes give anything finite. With `Stacks` a fourth argument, i32[], says where
-        the X experts begin in a longer weight, and out may be several axes.
+        the X experts begin in a longer weight.
     layers(block, x, layers, cache, specs) -> (x, cache)
         applies block(x, layer_params, layer_cache, spec) -> (x, layer_cache) to each layer in turn.
         `layers` is a tuple of trees, or `Stacks` where the backend asked for them.

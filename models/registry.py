@@ -14,9 +14,9 @@ import jax
 from octavo.models import bert, gemma3, layers, llama, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from octavo.models.config import ModelConfig
 from octavo.models.layers import Decoder, Fixed
-from octavo.models.ops import LayerSpec, Stacks
+from octavo.models.ops import LayerSpec, Linear, Stacks
 from octavo.models.rope import make_rope
-from octavo.models.tensors import Tensor, shape, stack
+from octavo.models.tensors import Tensor, array_shape, flatten, stack
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,13 @@ class Model:
         """The part of the parameters that `logits` reads."""
         return replace(params, layers=()) if isinstance(params, Decoder) else params
 
-    def abstract_params(self, dtype: Any) -> Any:
-        """The parameter tree with a ShapeDtypeStruct for every array."""
+    def abstract_params(self, dtype: Any, place: Callable[[Tensor], Any] | None = None) -> Any:
+        """The parameter tree with a ShapeDtypeStruct for every array; `place` gives shardings."""
         sizes = self.sizes
 
         def leaf(t: Tensor) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape(t.axes, sizes), dtype)
+            sharding = None if place is None else place(t)
+            return jax.ShapeDtypeStruct(array_shape(t, sizes), dtype, sharding=sharding)
 
         return jax.tree.map(leaf, self.tensors)
 
@@ -112,13 +113,29 @@ def layer_specs(windows: tuple[int, ...], max_model_len: int) -> tuple[LayerSpec
     return tuple(LayerSpec(group=group if w else 0, window=w) for w in windows)
 
 
-def _stacks(layers: tuple[Any, ...], period: int) -> Stacks:
+def _stacks(trees: tuple[Any, ...], period: int) -> Stacks:
     """Trees of Tensors, one per layer, as stacks of whole periods and what is left."""
-    whole = len(layers) // period * period
+    trees = jax.tree.map(_two_dimensional, trees, is_leaf=_is_projection)
+    whole = len(trees) // period * period
     periods = tuple(
-        jax.tree.map(lambda *same: stack(same), *layers[at:whole:period]) for at in range(period)
+        jax.tree.map(lambda *same: stack(same), *trees[at:whole:period]) for at in range(period)
     )
-    return Stacks(periods, layers[whole:])
+    return Stacks(periods, trees[whole:])
+
+
+def _is_projection(node: Any) -> bool:
+    return isinstance(node, Linear | layers.Experts)
+
+
+def _two_dimensional(node: Any) -> Any:
+    """Projections as matrices: a loop over layers reads those where they lie, and copies others."""
+    if isinstance(node, Linear):
+        bias: Any = node.bias
+        return Linear(flatten(node.weight, 1), None if bias is None else flatten(bias, 0))
+    if isinstance(node, layers.Experts):
+        router = _two_dimensional(node.router)
+        return replace(node, router=router, gate_up=flatten(node.gate_up, 2))
+    return node
 
 
 def _period(specs: tuple[LayerSpec, ...], trees: tuple[Any, ...]) -> int:

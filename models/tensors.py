@@ -42,6 +42,18 @@ class Tensor:
     axes: str
     pieces: tuple[Piece, ...]
     init: str = "normal"  # random weights: normal, ones or zeros
+    flat: int = 0  # the last so many words are one dimension of the array
+
+
+def flatten(t: Tensor, keep: int) -> Tensor:
+    """The same with all words but the first `keep` as one dimension."""
+    return replace(t, flat=max(0, len(t.axes.split()) - keep))
+
+
+def array_shape(t: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of the parameter as models see it."""
+    dims = shape(t.axes, sizes)
+    return (*dims[: -t.flat], math.prod(dims[-t.flat :])) if t.flat else dims
 
 
 def stack(layers: Sequence[Tensor]) -> Tensor:
@@ -49,7 +61,7 @@ def stack(layers: Sequence[Tensor]) -> Tensor:
     pieces = (
         replace(piece, into=(i, *piece.into)) for i, t in enumerate(layers) for piece in t.pieces
     )
-    return Tensor(f"L {layers[0].axes}", tuple(pieces), layers[0].init)
+    return replace(layers[0], axes=f"L {layers[0].axes}", pieces=tuple(pieces))
 
 
 def unstack(t: Tensor) -> tuple[Tensor, ...]:
@@ -59,7 +71,7 @@ def unstack(t: Tensor) -> tuple[Tensor, ...]:
     layers: dict[int | slice, list[Piece]] = {}
     for piece in t.pieces:
         layers.setdefault(piece.into[0], []).append(replace(piece, into=piece.into[1:]))
-    return tuple(Tensor(t.axes[2:], tuple(pieces), t.init) for pieces in layers.values())
+    return tuple(replace(t, axes=t.axes[2:], pieces=tuple(p)) for p in layers.values())
 
 
 def size(word: str, sizes: Mapping[str, int]) -> int:
