@@ -18,6 +18,12 @@ from octavo.models.ops import Stacks
 from octavo.pallas_kernels.attention import tpu
 
 LANES = 128
+# A step scatters and gathers a few numbers a row: less work than starting another core for it, and
+# programs for that core take longest to compile.
+OPTIONS: dict[str, bool | int | str] = {
+    "xla_tpu_enable_offloading_scatter_to_sparsecore": False,
+    "xla_tpu_enable_offloading_gather_to_sparsecore": False,
+}
 PAGE = 32  # one tile of 8-bit keys; larger pages gain less than 5 % of a decode step's copies
 
 
@@ -52,6 +58,7 @@ def record(
         max_num_batched_tokens=2048,
         page_size=PAGE,
         dtype="bfloat16",
+        compiler_options=lambda tokens: OPTIONS,
         memory_limit=memory_limit,
         why_not=why_not,
     )
