@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from octavo.backends import plain
-from octavo.backends.cpu import more_than_one_device
 from octavo.backends.record import Backend, Layer, doubling
 from octavo.pallas_kernels.attention import tpu
 
@@ -61,8 +60,6 @@ def init_cache(
 
 def why_not(config: Any) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
-    if more_than_one_device(config.mesh):
-        return f"the tpu backend runs on one device, got `mesh={config.mesh}`; leave `mesh` empty"
     kind = config.kv_cache_dtype
     if kind == "auto":
         kind = "bfloat16" if config.dtype == "auto" else config.dtype

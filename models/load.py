@@ -4,7 +4,7 @@ Never more than one parameter is in host memory on its way: read, laid out and c
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from octavo.models.registry import Model
 from octavo.models.tensors import Tensor, fill, shape
 
 Get = Callable[[str], np.ndarray]
-Put = Callable[[np.ndarray], jax.Array]
+Put = Callable[[np.ndarray, str], jax.Array]  # an array and its axes (tensors.py), to its place
 Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
 
 # Tensors of some checkpoints that a decoder does not need: buffers, and the parts that see.
@@ -31,6 +31,11 @@ BERT_EXTRAS = (
 )
 
 
+def on_this_device(array: np.ndarray, axes: str) -> jax.Array:
+    """A parameter, where the model is whole and the device is jax's first."""
+    return jax.device_put(array)
+
+
 class LoadError(ValueError):
     """Weights that do not fit the model: which, and how."""
 
@@ -40,7 +45,7 @@ def load_params(
     get: Get,
     names: Iterable[str],
     dtype: Any,
-    put: Put = jax.device_put,
+    put: Put = on_this_device,
     progress: Progress | None = None,
 ) -> Decoder:
     """Read every parameter of `model` with `get` (by Hugging Face name), as `dtype`.
@@ -49,22 +54,25 @@ def load_params(
     """
     stored = {canonical_name(name): name for name in names}
     check_names(model, stored)
-    sizes = model.config.sizes
-    done, total = 0, param_bytes(model, dtype)
+    sizes, read = model.sizes, model.config.sizes
+    done, total = 0, param_bytes(model, dtype, sizes)
 
     def leaf(t: Tensor) -> jax.Array:
         nonlocal done
-        out = np.empty(shape(t.axes, sizes), dtype)
+        if t.init == "ranks":
+            return put(ranks(model), t.axes)
+        padded = t.axes.startswith("V") and sizes["V"] > read["V"]
+        out = (np.zeros if padded else np.empty)(shape(t.axes, sizes), dtype)
         for piece in t.pieces:
             array = get(stored[piece.name])
-            want = shape(piece.whole or piece.axes, sizes)
+            want = shape(piece.whole or piece.axes, read)
             if array.shape != want:
                 raise LoadError(
                     f"tensor {stored[piece.name]} has shape {list(array.shape)}, but config.json "
                     f"asks for {list(want)}; are the weights those of this config?"
                 )
-            fill(out, t, piece, array, sizes)
-        made = put(out)
+            fill(out, t, piece, array, sizes, read)
+        made = put(out, t.axes)
         done += out.nbytes
         if progress is not None:
             progress(t.pieces[0].name, done, total)
@@ -114,15 +122,21 @@ def _some(names: set[str], most: int = 5) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{more})"
 
 
-def param_bytes(model: Model, dtype: Any) -> int:
-    """Bytes of all parameters."""
-    sizes = model.config.sizes
+def ranks(model: Model) -> np.ndarray:
+    """i32[R, 2]: of each shard, its number and that of its experts."""
+    rank = np.arange(model.shards.count, dtype=np.int32)
+    return np.stack([rank, rank // model.shards.model], axis=1)
+
+
+def param_bytes(model: Model, dtype: Any, sizes: Mapping[str, int] | None = None) -> int:
+    """Bytes of all parameters on one device; with `model.sizes` those of all shards."""
+    sizes = model.local.sizes | {"R": 1} if sizes is None else sizes
     leaves = jax.tree.leaves(model.tensors)
     return sum(math.prod(shape(t.axes, sizes)) for t in leaves) * np.dtype(dtype).itemsize
 
 
 def random_params(
-    model: Model, seed: int = 0, dtype: Any = np.float32, put: Put = jax.device_put
+    model: Model, seed: int = 0, dtype: Any = np.float32, put: Put = on_this_device
 ) -> Decoder:
     """Weights for measuring without a checkpoint: finite logits, no meaning.
 
@@ -130,15 +144,17 @@ def random_params(
     """
     random = np.random.default_rng(seed)
     block = random.standard_normal(1_000_003, np.float32)
-    sizes = model.config.sizes
+    sizes = model.sizes
 
     def leaf(t: Tensor) -> jax.Array:
+        if t.init == "ranks":
+            return put(ranks(model), t.axes)
         dims = shape(t.axes, sizes)
         if t.init != "normal":
-            return put(np.full(dims, 1.0 if t.init == "ones" else 0.0, dtype))
+            return put(np.full(dims, 1.0 if t.init == "ones" else 0.0, dtype), t.axes)
         fan_in = _fan_in(t, dims)
         scaled = np.roll(block * fan_in**-0.5, random.integers(len(block))).astype(dtype)
-        return put(np.resize(scaled, dims))
+        return put(np.resize(scaled, dims), t.axes)
 
     return jax.tree.map(leaf, model.tensors)
 

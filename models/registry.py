@@ -16,7 +16,8 @@ from octavo.models.config import ModelConfig
 from octavo.models.layers import Decoder, Fixed
 from octavo.models.ops import LayerSpec
 from octavo.models.rope import make_rope
-from octavo.models.tensors import Tensor, shape
+from octavo.models.shards import ONE, Shards, check, local, whole
+from octavo.models.tensors import Tensor, shape, tensor
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,27 @@ FAMILIES = {
 class Model:
     """A model without its weights: pure functions and static facts."""
 
-    config: ModelConfig
+    config: ModelConfig  # of the checkpoint
     max_model_len: int
     forward: Callable[..., tuple[jax.Array, Any]]
     # forward(params, tokens i32[N], positions i32[N], cache, ops) -> (hidden [N, E], cache);
     # where config.token_types is set, `types` i32[N] may follow
     logits: Callable[..., jax.Array]  # logits(params, hidden [R, E], ops) -> f32[R, V]
     layer_specs: tuple[LayerSpec, ...]  # one per layer
-    attention: tuple[int, int, int]  # H, K, D
+    attention: tuple[int, int, int]  # H, K, D of one shard
     period: int  # layers i and i + period have the same specs and the same parameter tree
     tensors: Any  # the parameter tree with a Tensor for every array
+    shards: Shards = ONE
+
+    @property
+    def whole(self) -> ModelConfig:
+        """The sizes of the parameters, all shards together."""
+        return whole(self.config, self.shards)
+
+    @property
+    def local(self) -> ModelConfig:
+        """The sizes that a program sees, which runs on one shard."""
+        return local(self.config, self.shards)
 
     def head(self, params: Any) -> Any:
         """The part of the parameters that `logits` reads."""
@@ -59,28 +71,40 @@ class Model:
 
     def abstract_params(self, dtype: Any) -> Any:
         """The parameter tree with a ShapeDtypeStruct for every array."""
-        sizes = self.config.sizes
+        sizes = self.sizes
 
         def leaf(t: Tensor) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape(t.axes, sizes), dtype)
+            return jax.ShapeDtypeStruct(shape(t.axes, sizes), t.dtype or dtype)
 
         return jax.tree.map(leaf, self.tensors)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The letters that the shapes of parameters are written in; R shards."""
+        return self.whole.sizes | {"R": self.shards.count}
 
-def build(config: ModelConfig, max_model_len: int) -> Model:
-    """The model for sequences of up to `max_model_len` tokens, prompt and output."""
+
+def build(config: ModelConfig, max_model_len: int, shards: Shards = ONE) -> Model:
+    """The model for sequences of up to `max_model_len` tokens, prompt and output.
+
+    Raises ModelConfigError where it cannot be cut into `shards`.
+    """
+    check(config, shards)
     family = FAMILIES[config.family]
+    checkpoint, config = config, local(config, shards)
     specs = layer_specs(config.windows, max_model_len)
-    local = config.local_rope
+    slow = config.local_rope
     fixed = Fixed(
         config=config,
         specs=specs,
         rope=make_rope(config.rope, config.D, config.max_len, max_model_len),
-        local_rope=make_rope(local, config.D, config.max_len, max_model_len) if local else None,
+        local_rope=make_rope(slow, config.D, config.max_len, max_model_len) if slow else None,
     )
-    tree = family.tensors(config)
+    tree = family.tensors(whole(checkpoint, shards))
+    if shards.count > 1:
+        tree = replace(tree, rank=tensor("R 2", init="ranks"))
     return Model(
-        config=config,
+        config=checkpoint,
         max_model_len=max_model_len,
         forward=partial(family.forward, fixed),
         logits=partial(family.logits, config),
@@ -88,6 +112,7 @@ def build(config: ModelConfig, max_model_len: int) -> Model:
         attention=(config.H, config.K, config.D),
         period=_period(specs, tree.layers),
         tensors=tree,
+        shards=shards,
     )
 
 

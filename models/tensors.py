@@ -40,7 +40,12 @@ class Tensor:
 
     axes: str
     pieces: tuple[Piece, ...]
-    init: str = "normal"  # random weights: normal, ones or zeros
+    init: str = "normal"  # random weights: normal, ones or zeros; ranks: no weight at all
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype that it has whatever weights have; None: theirs."""
+        return np.dtype(np.int32) if self.init == "ranks" else None
 
 
 def size(word: str, sizes: Mapping[str, int]) -> int:
@@ -57,13 +62,29 @@ def _letters(axes: str) -> list[str]:
 
 
 def fill(
-    out: np.ndarray, tensor: Tensor, piece: Piece, stored: np.ndarray, sizes: Mapping[str, int]
+    out: np.ndarray,
+    tensor: Tensor,
+    piece: Piece,
+    stored: np.ndarray,
+    sizes: Mapping[str, int],
+    read: Mapping[str, int] | None = None,
 ) -> None:
-    """Write one stored tensor into its part of the parameter `out`, transposed and cast."""
+    """Write one stored tensor into its part of the parameter `out`, transposed and cast.
+
+    `read` are the sizes of the checkpoint, where they are not those of `out` (shards.py): key-value
+    heads are repeated as often as it takes, and rows beyond the vocabulary stay as they are.
+    """
+    read = sizes if read is None else read
     if piece.whole:
-        start = sum(size(word, sizes) for word in piece.after.split())
-        stored = stored[start : start + size(piece.axes.split()[0], sizes)]
+        start = sum(size(word, read) for word in piece.after.split())
+        stored = stored[start : start + size(piece.axes.split()[0], read)]
     have = _letters(piece.axes)
+    if sizes["K"] != read["K"] and "K" in have and "G" not in have:
+        stored = stored.reshape([size(c, read) for c in have])
+        stored = np.repeat(stored, sizes["K"] // read["K"], have.index("K"))
+    if tensor.axes.startswith("V"):
+        out = out[: read["V"]]
+    sizes = {**sizes, "V": read["V"]}
     # A slice of J is a key-value head's queries: there, and only there, J is G.
     want = ["G" if c == "J" else c for c in _letters(tensor.axes)]
     order = [have.index(c) for c in want if c in have]
