@@ -188,7 +188,7 @@ class Programs:
         ]
         # The slowest first, so that they do not end up alone at the end.
         for rows, tokens in sorted(self.shapes(), reverse=True):
-            ins = (place.params, STATE, ROWS) if tokens else (place.params, STATE)
+            ins: tuple[Any, ...] = (place.params, STATE, *([ROWS] if tokens else []))
             function = place.program(_forward(machine, rows, tokens), ins, (STATE, ROWS, ROWS))
             arguments = (params, state, vector) if tokens else (params, state)
             name = f"forward {rows} rows + {tokens} tokens"

@@ -47,7 +47,7 @@ class Across(Protocol):
     ) -> jax.Array: ...  # i32[] which shard this is: it has that part of the vocabulary
 
     @property
-    def expert_rank(self) -> jax.Array: ...  # i32[] and that part of the experts
+    def expert_rank(self) -> jax.Array: ...  # i32[] and this part of the experts
 
     def total(self, x: jax.Array) -> jax.Array:
         """The sum of every shard's x, on each of them."""
