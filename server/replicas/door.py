@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import re
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
@@ -154,7 +155,7 @@ class _Stream:
     async def fail(self, error: ApiError) -> None:
         """An error event, as clients of this path know it, and the end."""
         if self._path.startswith(MESSAGES):
-            await self.end(failure(error, ""))
+            await self.end(failure(error, f"req_{uuid.uuid4().hex}"))
         elif self._path.startswith(RESPONSES):
             event = {"type": "error", "code": "server_error", "message": error.message}
             event |= {"param": None, "sequence_number": self._sequence + 1}  # type: ignore[dict-item]

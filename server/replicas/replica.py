@@ -48,6 +48,7 @@ class Replica:
         self._app = create_app(Frontend(settings, config, text, self.client, folder))
         self._lifespan = self._app.router.lifespan_context(self._app)
         self._watch: asyncio.Task[None] | None = None
+        self._over = asyncio.Event()
 
     async def start(self) -> None:
         """Until the engine can be used; ConfigError when it cannot."""
@@ -69,7 +70,10 @@ class Replica:
 
     async def answer(self, order: Order) -> AsyncIterator[Head | bytes]:
         """A Head, then bytes; ReplicaLost where another replica would do better."""
-        self.check()
+        if self.client.last_words is not None:
+            # Refused at once, it would come straight back: without work this replica looks best.
+            await self._over.wait()
+            self.check()
         async with aclosing(answer(self._app, order)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 if isinstance(piece, Head) and piece.status >= 500:
@@ -90,8 +94,9 @@ class Replica:
         return self.client.trouble()
 
     async def _end_with_engine(self) -> None:
-        """A replica without an engine refuses at once, looks idle and draws requests: it ends."""
+        """A replica without an engine is of no use: it ends, and another takes its place."""
         while self.client.last_words is None:
             await asyncio.sleep(LOOK)
         await asyncio.sleep(LAST_WORDS)
         self._on_end()
+        self._over.set()
