@@ -74,6 +74,13 @@ def parts_of(args: Mapping[str, Any]) -> tuple[EngineConfig, ServerSettings, Sca
     return config, settings, wanted
 
 
+def scale_table() -> str:
+    """The settings of replicas as a Markdown table."""
+    rows = ["| Setting | Default | What it is |", "|---|---|---|"]
+    rows += [f"| `{f.name}` | `{f.default:g}` | {f.metadata['help']} |" for f in fields(Scale)]
+    return "\n".join(rows) + "\n"
+
+
 def _defaults(kind: type[Any]) -> dict[str, Any]:
     return {
         f.name: f.default_factory() if f.default_factory is not MISSING else f.default

@@ -1,9 +1,11 @@
 """Settings of replicas: sorted by whose they are, read from text, refused in a sentence."""
 
+from pathlib import Path
+
 import pytest
 
 from octavo.engine.config import ConfigError
-from octavo.server.replicas.scale import FOREIGN, parts_of
+from octavo.server.replicas.scale import FOREIGN, parts_of, scale_table
 from octavo.server.settings import ServerSettings
 
 
@@ -52,3 +54,9 @@ def test_what_cannot_be_is_refused_in_a_sentence(args, words):
 
 def test_every_setting_that_is_left_to_the_proxy_is_one_of_the_endpoint():
     assert FOREIGN <= {*ServerSettings.__dataclass_fields__}
+
+
+def test_the_table_of_the_page_is_the_one_the_code_makes():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "deploy.md").read_text()
+    table = page.split("<!-- settings -->\n")[1].split("<!-- /settings -->")[0]
+    assert table == scale_table(), "run python scripts/write_settings_table.py"
