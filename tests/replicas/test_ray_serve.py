@@ -157,3 +157,26 @@ def test_what_the_proxy_does_not_know_is_answered_by_the_server(url):
     body = {"model": "tiny", "input": "ab", "store": True, "max_output_tokens": 4}
     kept = httpx.post(f"{url}/v1/responses", json=body)
     assert httpx.get(f"{url}/v1/responses/{kept.json()['id']}").status_code == 404
+
+
+def busy(url: str) -> int:
+    """Requests that have not ended, of all replicas."""
+    return int(httpx.get(f"{url}/load").json()["server_load"])
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_leaves_takes_its_work_along(url, streams):
+    until(lambda: busy(url) == 0, "nothing is left of other tests")
+    with httpx.Client(timeout=PATIENCE) as client:
+        body = {**LONG, "stream": streams, "max_tokens": 500}
+        if streams:
+            with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+                pieces = answer.iter_bytes()  # once it is forgotten, the connection is closed
+                next(pieces)
+                assert busy(url) == 1
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(f"{url}/v1/completions", json=body, timeout=1.0)
+    left = time.monotonic()
+    until(lambda: busy(url) == 0, "the engine has nothing to do")
+    assert time.monotonic() - left < 3, "it would have taken 5 s"
