@@ -108,6 +108,14 @@ class Door:
                 if stream.begun:
                     await stream.fail(ApiError(500, LOST))
                     return
+            except Exception as error:
+                if not isinstance(error, ApiError):
+                    logger.exception("a request failed at the door")
+                    error = ApiError(500, "internal error; the server's log has the details")
+                if not stream.begun:
+                    raise error from None
+                await stream.fail(error)
+                return
             await asyncio.sleep(PAUSE * 2**attempt)
         raise unavailable(f"{self._retries + 1} replicas ended while they worked on this", 1)
 

@@ -169,6 +169,18 @@ async def test_a_body_that_is_too_large_and_a_door_without_replicas_are_refused(
     assert (metrics.status_code, len(replicas.asked)) == (503, 2)
 
 
+async def test_what_nobody_foresaw_is_an_error_in_the_shape_of_the_api(caplog):
+    begun = [Head(200, EVENTS), b"data: 1\n\n", RuntimeError("a secret")]
+    replicas = FakeReplicas([RuntimeError("a secret")], begun)
+    async with replicas.client() as client:
+        whole = await client.post("/v1/completions")
+        stream = await client.post("/v1/completions")
+    assert (whole.status_code, whole.json()["error"]["code"]) == (500, 500)
+    assert stream.text.startswith("data: 1\n\n") and stream.text.endswith("data: [DONE]\n\n")
+    assert "internal error" in whole.text and "internal error" in stream.text
+    assert "a secret" in caplog.text and "a secret" not in whole.text + stream.text
+
+
 async def test_metrics_are_those_of_all_replicas_and_the_load_is_their_sum():
     text = (
         "# HELP vllm:num_requests_running Sequences\n# TYPE vllm:num_requests_running gauge\n"
