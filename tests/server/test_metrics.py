@@ -2,10 +2,12 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.engine.config import EngineConfig
 from octavo.engine.messages import ITERATION_TOKENS, Ready, Stats
@@ -193,3 +195,25 @@ def test_a_bucket_holds_what_is_not_above_its_bound():
     for value in (0.5, 1, 1.5, 4, 9):
         histogram.observe(value)
     assert (histogram.counts, histogram.sum) == ([2, 1, 1, 1], 16)
+
+
+def samples(text):
+    """Every sample: its name, its labels and its value."""
+    families = text_string_to_metric_families(text.decode())
+    return {s.name: (s.labels, s.value) for family in families for s in family.samples}
+
+
+def test_a_router_finds_what_the_inference_extension_asks_for_by_its_default_names():
+    ready = Ready("tiny", 512, 100, [2], 8, 512, [], 0.1, page_size=16)
+    stats = Stats(running=3, waiting=5, pages=[60, 40], pages_free=[30, 20], pages_cached=[10, 15])
+    before = time.time()
+    told = samples(exposed(stats=stats, ready=ready).text())
+    assert told["vllm:num_requests_waiting"][1] == 5
+    assert told["vllm:num_requests_running"][1] == 3
+    assert told["vllm:kv_cache_usage_perc"][1] == 0.25, "cached pages can be had at once"
+    labels, value = told["vllm:cache_config_info"]
+    assert (labels["block_size"], labels["num_gpu_blocks"], value) == ("16", "100", 1)
+    labels, value = told["vllm:lora_requests_info"]
+    assert labels["max_lora"] == "0"
+    assert labels["running_lora_adapters"] == labels["waiting_lora_adapters"] == ""
+    assert before <= value <= time.time(), "the router takes the newest"
