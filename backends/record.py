@@ -80,6 +80,7 @@ class Backend:
     small_steps: int = 1
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device
+    shared_memory: bool = False  # all devices have the same memory
     # why_not(config): why an EngineConfig-like object cannot be served here, and what to change
     why_not: Callable[[Any], str | None]
 

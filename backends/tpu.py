@@ -11,7 +11,6 @@ from jax.experimental.layout import Format, Layout
 
 from octavo.backends import plain
 from octavo.backends.chips import Chip, chip_of
-from octavo.backends.cpu import more_than_one_device
 from octavo.backends.record import Backend, Layer, doubling
 from octavo.models.layers import Experts
 from octavo.models.ops import Stacks
@@ -140,8 +139,6 @@ def cut(stack: Any, i: jax.Array) -> Any:
 
 def why_not(config: Any) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
-    if more_than_one_device(config.mesh):
-        return f"the tpu backend runs on one device, got `mesh={config.mesh}`; leave `mesh` empty"
     kind = config.kv_cache_dtype
     if kind == "auto":
         kind = "bfloat16" if config.dtype == "auto" else config.dtype

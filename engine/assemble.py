@@ -3,26 +3,23 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from octavo.backends.record import Backend
 from octavo.backends.select import select
-from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig, devices_of
 from octavo.engine.grammar.vocabulary import Vocabulary
 from octavo.engine.host import Limits
 from octavo.engine.memory import Resolved, resolve
+from octavo.engine.mesh import Placement
 from octavo.engine.text.opened import open_text
 from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from octavo.models.config import ModelConfig, ModelConfigError
-from octavo.models.load import LoadError, StackFormat, load_params, random_params, where_it_lies
-from octavo.models.registry import Model
-from octavo.models.tensors import Tensor, array_shape
+from octavo.models.load import LoadError, load_params, random_params, ranks
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -67,14 +64,18 @@ def assemble(
 
     `decided` is called between the last two: from there on everything can be compiled.
     """
-    backend = select(config.device)
+    backend = select(config.device, devices_of(config.mesh))
     with refusals(), closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
         if decided is not None:
             decided(backend, resolved)
         began = time.perf_counter()
         params = load_weights(
-            config, checkpoint, resolved.model, resolved.dtype, progress, backend.stack_format
+            config,
+            checkpoint,
+            Placement(resolved.mesh, resolved.model, stack_format=backend.stack_format),
+            resolved.dtype,
+            progress,
         )
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
@@ -89,18 +90,22 @@ def read_vocabulary(config: EngineConfig, size: int, ends: list[int]) -> Vocabul
 def load_weights(
     config: EngineConfig,
     checkpoint: Checkpoint,
-    model: Model,
+    place: Placement,
     dtype: Any,
     progress: Progress | None = None,
-    stack_format: StackFormat = where_it_lies,
 ) -> Any:
-    """Every parameter of `model`, in its place."""
+    """Every parameter of the model, in its place."""
+    model = place.model
     if config.load_format == "dummy":
-        return random_params(model, config.seed, dtype, stack_format=stack_format)
+        return random_params(
+            model, config.seed, dtype, put=place.put_weight, stack_format=place.stack_format
+        )
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
-        return load(checkpoint.path, model.abstract_params(dtype))
+        if place.mesh is None:
+            return load(checkpoint.path, model.abstract_params(dtype))
+        return load_over(place, checkpoint.path, dtype)
     report = None
     if progress is not None:
 
@@ -112,15 +117,26 @@ def load_weights(
         checkpoint.get,
         checkpoint.names(),
         dtype,
-        put=put,
+        put=place.put_weight,
         progress=report,
-        stack_format=stack_format,
+        stack_format=place.stack_format,
     )
 
 
-def put(array: np.ndarray) -> jax.Array:
-    """One parameter to its place."""
-    return jax.device_put(array)
+def load_over(place: Placement, folder: Any, dtype: Any) -> Any:
+    """The parameters of an orbax folder, each part read to its device."""
+    from octavo.models.sources.orbax import load
+
+    model = place.model
+    if model.whole.sizes != model.config.sizes:
+        raise ConfigError(
+            "an orbax folder cannot be read with key-value heads repeated or a vocabulary padded, "
+            f"as {model.shards.count} shards of this model need",
+            "use the original checkpoint, or fewer shards",
+        )
+    places = place.abstract(model.abstract_params(dtype), place.params)
+    params = load(folder, replace(places, rank=None))
+    return replace(params, rank=place.put_weight(ranks(model), model.tensors.rank))
 
 
 def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:
@@ -144,22 +160,6 @@ def end_tokens(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
         if ids is not None:
             return [int(i) for i in (ids if isinstance(ids, list) else [ids])]
     return []
-
-
-def abstract_weights(backend: Backend, model: Model, dtype: Any, where: Any = None) -> Any:
-    """The parameters' shapes, and how they lie where that matters.
-
-    where: their sharding; the backend's first device without.
-    """
-    if not backend.stacked:
-        return model.abstract_params(dtype)
-    here = where or jax.sharding.SingleDeviceSharding(backend.devices[0])
-
-    def place(t: Tensor) -> Any:
-        axes = len(array_shape(t, model.sizes))
-        return backend.stack_format(axes, here) if t.axes.startswith("L ") else here
-
-    return model.abstract_params(dtype, place)
 
 
 def cache_maker(backend: Backend, resolved: Resolved) -> Callable[[], Any]:

@@ -6,7 +6,7 @@ numpy, put; where layers are stacked, into its place in the stack.
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,10 +15,10 @@ import numpy as np
 
 from octavo.models.layers import Decoder
 from octavo.models.registry import Model
-from octavo.models.tensors import Tensor, array_shape, fill, shape, unstack
+from octavo.models.tensors import Tensor, fill, flat_shape, shape, unstack
 
 Get = Callable[[str], np.ndarray]
-Put = Callable[[np.ndarray], jax.Array]
+Put = Callable[[np.ndarray, Tensor], jax.Array]  # a parameter, to its place
 Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
 StackFormat = Callable[[int, Any], Any]  # (axes, sharding) -> sharding or jax's Format
 
@@ -40,6 +40,11 @@ def where_it_lies(axes: int, sharding: Any) -> Any:
     return sharding
 
 
+def on_this_device(array: np.ndarray, tensor: Tensor) -> jax.Array:
+    """A parameter, where the model is whole and the device is jax's first."""
+    return jax.device_put(array.reshape(flat_shape(tensor, array.shape)))
+
+
 class LoadError(ValueError):
     """Weights that do not fit the model: which, and how."""
 
@@ -49,7 +54,7 @@ def load_params(
     get: Get,
     names: Iterable[str],
     dtype: Any,
-    put: Put = jax.device_put,
+    put: Put = on_this_device,
     progress: Progress | None = None,
     stack_format: StackFormat = where_it_lies,
 ) -> Decoder:
@@ -61,27 +66,30 @@ def load_params(
     """
     stored = {canonical_name(name): name for name in names}
     check_names(model, stored)
-    sizes = model.sizes
-    done, total = 0, param_bytes(model, dtype)
+    sizes, known = model.sizes, model.config.sizes
+    done, total = 0, param_bytes(model, dtype, sizes)
 
     def read(t: Tensor) -> np.ndarray:
-        out = np.empty(shape(t.axes, sizes), dtype)
+        if t.init == "ranks":
+            return ranks(model)
+        padded = t.axes.startswith("V") and sizes["V"] > known["V"]
+        out = (np.zeros if padded else np.empty)(shape(t.axes, sizes), dtype)
         for piece in t.pieces:
             array = get(stored[piece.name])
-            want = shape(piece.whole or piece.axes, sizes)
+            want = shape(piece.whole or piece.axes, known)
             if array.shape != want:
                 raise LoadError(
                     f"tensor {stored[piece.name]} has shape {list(array.shape)}, but config.json "
                     f"asks for {list(want)}; are the weights those of this config?"
                 )
-            fill(out, t, piece, array, sizes)
-        return out.reshape(array_shape(t, sizes))
+            fill(out, t, piece, array, sizes, known)
+        return out
 
     def make(t: Tensor) -> np.ndarray:
         nonlocal done
         array = read(t)
         done += array.nbytes
-        if progress is not None:
+        if progress is not None and t.pieces:
             progress(t.pieces[0].name, done, total)
         return array
 
@@ -94,10 +102,10 @@ def _placed(
     """One parameter on its device; of a stack, layer after layer."""
     layers = unstack(t)
     if layers == (t,):
-        return put(make(t))
+        return put(make(t), t)
     stack: jax.Array | None = None
     for at, layer in enumerate(layers):
-        array = put(make(layer))
+        array = put(make(layer), layer)
         if stack is None:
             form = stack_format(array.ndim + 1, _of_stack(array.sharding))
             shape, dtype = (len(layers), *array.shape), array.dtype
@@ -165,9 +173,15 @@ def _some(names: set[str], most: int = 5) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{more})"
 
 
-def param_bytes(model: Model, dtype: Any) -> int:
-    """Bytes of all parameters."""
-    sizes = model.sizes
+def ranks(model: Model) -> np.ndarray:
+    """i32[R, 2]: of each shard, its number and that of its experts."""
+    rank = np.arange(model.shards.count, dtype=np.int32)
+    return np.stack([rank, rank // model.shards.model], axis=1)
+
+
+def param_bytes(model: Model, dtype: Any, sizes: Mapping[str, int] | None = None) -> int:
+    """Bytes of all parameters on one device; with `model.sizes` those of all shards."""
+    sizes = model.local_sizes if sizes is None else sizes
     leaves = jax.tree.leaves(model.tensors)
     return sum(math.prod(shape(t.axes, sizes)) for t in leaves) * np.dtype(dtype).itemsize
 
@@ -176,7 +190,7 @@ def random_params(
     model: Model,
     seed: int = 0,
     dtype: Any = np.float32,
-    put: Put = jax.device_put,
+    put: Put = on_this_device,
     stack_format: StackFormat = where_it_lies,
 ) -> Decoder:
     """Weights for measuring without a checkpoint: finite logits, no meaning.
@@ -188,7 +202,9 @@ def random_params(
     sizes = model.sizes
 
     def make(t: Tensor) -> np.ndarray:
-        dims = array_shape(t, sizes)
+        if t.init == "ranks":
+            return ranks(model)
+        dims = shape(t.axes, sizes)
         if t.init != "normal":
             return np.full(dims, 1.0 if t.init == "ones" else 0.0, dtype)
         fan_in = _fan_in(t, dims)

@@ -41,8 +41,13 @@ class Tensor:
 
     axes: str
     pieces: tuple[Piece, ...]
-    init: str = "normal"  # random weights: normal, ones or zeros
-    flat: int = 0  # the last so many words are one dimension of the array
+    init: str = "normal"  # random weights: normal, ones or zeros; ranks: no weight at all
+    flat: int = 0  # the last so many words are one dimension of the array, on each shard by itself
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype that it has whatever weights have; None: theirs."""
+        return np.dtype(np.int32) if self.init == "ranks" else None
 
 
 def flatten(t: Tensor, keep: int) -> Tensor:
@@ -50,10 +55,14 @@ def flatten(t: Tensor, keep: int) -> Tensor:
     return replace(t, flat=max(0, len(t.axes.split()) - keep))
 
 
+def flat_shape(t: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an array whose words have the lengths `dims`."""
+    return (*dims[: -t.flat], math.prod(dims[-t.flat :])) if t.flat else dims
+
+
 def array_shape(t: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of the parameter as models see it."""
-    dims = shape(t.axes, sizes)
-    return (*dims[: -t.flat], math.prod(dims[-t.flat :])) if t.flat else dims
+    return flat_shape(t, shape(t.axes, sizes))
 
 
 def stack(layers: Sequence[Tensor]) -> Tensor:
@@ -88,13 +97,29 @@ def _letters(axes: str) -> list[str]:
 
 
 def fill(
-    out: np.ndarray, tensor: Tensor, piece: Piece, stored: np.ndarray, sizes: Mapping[str, int]
+    out: np.ndarray,
+    tensor: Tensor,
+    piece: Piece,
+    stored: np.ndarray,
+    sizes: Mapping[str, int],
+    read: Mapping[str, int] | None = None,
 ) -> None:
-    """Write one stored tensor into its part of the parameter `out`, transposed and cast."""
+    """Write one stored tensor into its part of the parameter `out`, transposed and cast.
+
+    `read` are the sizes of the checkpoint, where they are not those of `out` (shards.py): key-value
+    heads are repeated as often as it takes, and rows beyond the vocabulary stay as they are.
+    """
+    read = sizes if read is None else read
     if piece.whole:
-        start = sum(size(word, sizes) for word in piece.after.split())
-        stored = stored[start : start + size(piece.axes.split()[0], sizes)]
+        start = sum(size(word, read) for word in piece.after.split())
+        stored = stored[start : start + size(piece.axes.split()[0], read)]
     have = _letters(piece.axes)
+    if sizes["K"] != read["K"] and "K" in have and "G" not in have:
+        stored = stored.reshape([size(c, read) for c in have])
+        stored = np.repeat(stored, sizes["K"] // read["K"], have.index("K"))
+    if tensor.axes.startswith("V"):
+        out = out[: read["V"]]
+    sizes = {**sizes, "V": read["V"]}
     # A slice of J is a key-value head's queries: there, and only there, J is G.
     want = ["G" if c == "J" else c for c in _letters(tensor.axes)]
     order = [have.index(c) for c in want if c in have]
