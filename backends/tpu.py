@@ -27,9 +27,9 @@ PAGE = 32  # one tile of 8-bit keys; larger pages gain less than 5 % of a decode
 
 
 def backend(reason: str) -> Backend:
-    """The record of the TPU that is here."""
-    device = jax.devices("tpu")[0]
-    return record(reason, (device,), _free_memory(device), chip_of(device.device_kind))
+    """The record of the TPUs that are here."""
+    devices = tuple(jax.devices("tpu"))
+    return record(reason, devices, _free_memory(devices[0]), chip_of(devices[0].device_kind))
 
 
 def record(

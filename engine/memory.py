@@ -103,8 +103,7 @@ def resolve(
     """Decide every size. `model` replaces the one that `facts` would build (benches)."""
     if why := backend.why_not(config):
         raise ConfigError(why)
-    sizes = _axes(config)
-    mesh = make_mesh(sizes, backend.devices)
+    mesh = make_mesh(sizes := _axes(config), backend.devices)
     dtype = jnp.dtype(backend.dtype if config.dtype == "auto" else config.dtype)
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
     seqs = config.max_num_seqs or backend.max_num_seqs
