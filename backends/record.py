@@ -78,6 +78,7 @@ class Backend:
     small_model: int = 0
     small_rows: tuple[int, ...] = (1,)
     small_steps: int = 1
+    whole_steps: bool = False  # a decode step is one program: forward and sampling together
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device
     shared_memory: bool = False  # all devices have the same memory

@@ -50,6 +50,7 @@ def record(
         grouped_linear=plain.grouped_linear,
         layers=layers,
         stacked=True,
+        whole_steps=True,
         stack_format=partial(stack_format, chip.stack_rows if chip else 0),
         row_buckets=lambda most: doubling(min(8, most), most),
         token_buckets=lambda most: doubling(min(128, most), most),

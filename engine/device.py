@@ -62,6 +62,10 @@ class Device:
             several = self.programs.several[launch.rows, launch.greedy]
             self.state, *launch.flight.result = several(self.params, self.state)
             return None
+        whole = self.programs.whole.get((launch.rows, launch.greedy))
+        if whole and not (launch.tokens or launch.rich or launch.masked):
+            self.state, *launch.flight.result = whole(self.params, self.state)
+            return None
         key = (launch.rows, launch.tokens)
         arguments = (vector,) if launch.tokens else ()
         self.state, passed, taken = self.programs.forward[key](self.params, self.state, *arguments)

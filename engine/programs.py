@@ -4,6 +4,7 @@
     forward (R, T)   the decode buckets of R with T = 0, and the prompt buckets of T at full R
     sample (R)       greedy, plain, and rich (masks and log probabilities)
     score (T)        log probabilities of prompt tokens
+    whole (R)        forward and sample in one, greedy and plain, where the backend wants that
     several (R)      a few steps of forward and sample, greedy and plain, for models so small that
                      the host is what a step waits for
 
@@ -24,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from octavo.engine import step
+from octavo.engine import step, thin
 from octavo.engine.compiles import WATCH
 from octavo.engine.grammar.guide import mask_words
 from octavo.engine.host import Limits
@@ -33,6 +34,7 @@ from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from octavo.engine.state import EngineState, empty_pages, empty_slots
 from octavo.engine.store import Store
+from octavo.engine.thin import Thin
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -65,6 +67,7 @@ class Job:
     donate: tuple[int, ...] = ()
     tokens: int = 0  # that it runs
     static: tuple[Any, ...] = ()  # what the function was made with, besides sizes and model
+    slots: tuple[str, ...] = ()  # the leaves of slots that it touches (thin.py); () is all
 
     @property
     def details(self) -> tuple[Any, ...]:
@@ -89,6 +92,7 @@ class Programs:
     rich: dict[int, Any] = field(default_factory=dict)
     score: dict[int, Any] = field(default_factory=dict)
     several: dict[tuple[int, bool], Any] = field(default_factory=dict)  # by (R, greedy)
+    whole: dict[tuple[int, bool], Any] = field(default_factory=dict)  # likewise
     # By name: seconds to trace, which one thread does, and seconds of a thread to compile.
     builds: dict[str, tuple[float, float]] = field(default_factory=dict)
     found: int = 0  # programs that were kept from an earlier run
@@ -112,7 +116,7 @@ class Programs:
         place = self.placement
         empty = place.program(lambda: new_state(self.machine, init_kv), (), STATE)
         state = place.abstract(jax.eval_shape(empty), STATE)
-        jobs = self._jobs(place.abstract_weights(params), state, empty)
+        jobs = [_thin(job) for job in self._jobs(place.abstract_weights(params), state, empty)]
         store = None
         if self.folder is not None:
             made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
@@ -140,7 +144,7 @@ class Programs:
                     program, seconds = self._build(job, store, threads).result()
                 self.found += job.name not in self.builds
                 self.builds[job.name] = (self.builds.get(job.name, (0.0, 0.0))[0], seconds)
-                job.place(program)
+                job.place(Thin(program, job.slots) if job.slots else program)
                 self.made[job.name] = program
                 done += 1
                 if progress is not None:
@@ -205,7 +209,9 @@ class Programs:
             arguments = (params, state, vector) if tokens else (params, state)
             name = f"forward {rows} rows + {tokens} tokens"
             where = self._put(self.forward, (rows, tokens))
-            jobs.append(Job(name, where, function, arguments, (1,), rows + tokens))
+            slots = thin.CHUNKS if tokens else thin.ROWS
+            jobs.append(Job(name, where, function, arguments, (1,), rows + tokens, (), slots))
+        jobs += self._whole_jobs(params, state)
         for rows in self.limits.several_rows:
             for greedy in (True, False):
                 name = f"{'greedy' if greedy else 'plain'} steps of {rows} rows"
@@ -216,7 +222,8 @@ class Programs:
                 )
                 where = self._put(self.several, (rows, greedy))
                 static = (self.limits.steps,)
-                jobs.append(Job(name, where, function, (params, state), (1,), rows, static))
+                slots = thin.GREEDY if greedy else thin.SAMPLE
+                jobs.append(Job(name, where, function, (params, state), (1,), rows, static, slots))
         for rows, tokens in self.shapes():
             passed = self._passed(params, rows, tokens)
             if tokens and tokens not in self.score:
@@ -234,6 +241,26 @@ class Programs:
             elif not tokens:
                 jobs += self._sample_jobs(head, state.slots, passed, rows)
         return jobs
+
+    def _whole_jobs(self, params: Any, state: Any) -> list[Job]:
+        """Decode steps that are one program, where a dispatch is what a step waits for."""
+        if not self.machine.backend.whole_steps:
+            return []
+        place, ins = self.placement, (self.placement.params, STATE)
+        return [
+            Job(
+                f"{'greedy' if greedy else 'plain'} step of {rows} rows",
+                self._put(self.whole, (rows, greedy)),
+                place.program(_whole(self.machine, rows, greedy), ins, (STATE, ROWS, ROWS)),
+                (params, state),
+                (1,),
+                rows,
+                (),
+                thin.GREEDY if greedy else thin.SAMPLE,
+            )
+            for rows in self.limits.row_buckets
+            for greedy in (True, False)
+        ]
 
     def _sample_jobs(self, head: Any, slots: Any, passed: Any, rows: int) -> list[Job]:
         """Sampling sees the same rows whether or not there were chunk tokens beside them."""
@@ -258,6 +285,7 @@ class Programs:
                 (1,),
                 rows,
                 most,
+                thin.GREEDY if name == "greedy" else thin.SAMPLE,
             )
             for name, where, function, arguments in (
                 ("greedy", self.greedy, _greedy(machine), plain),
@@ -343,6 +371,27 @@ def _masked(machine: step.Machine) -> Any:
         return as_shard((after, packed))
 
     return masked
+
+
+def _whole(machine: step.Machine, rows: int, greedy: bool) -> Any:
+    def whole(params: Any, state: Any) -> Any:
+        """The state after, packed i32[4, R] and taken i32[...]."""
+        head = machine.model.head(params)
+        after, passed, taken = step.forward(
+            machine, params, one_shard(state), None, rows=rows, tokens=0
+        )
+        slots, packed, _ = step.sample(machine, head, after.slots, passed, greedy=greedy)
+        return as_shard((replace(after, slots=slots), packed, taken))
+
+    return whole
+
+
+def _thin(job: Job) -> Job:
+    """The job with the state that it touches."""
+    if not job.slots:
+        return job
+    params, state, *more = job.arguments
+    return replace(job, arguments=(params, thin.lend(state, job.slots), *more))
 
 
 def _several(machine: step.Machine, rows: int, steps: int, greedy: bool) -> Any:
