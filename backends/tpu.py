@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from octavo.backends import plain
 from octavo.backends.cpu import more_than_one_device
-from octavo.backends.record import Backend, Layer, doubling
+from octavo.backends.record import Backend, Layer, cache_dtype, doubling
 from octavo.models.layers import Experts
 from octavo.models.ops import Stacks
 from octavo.pallas_kernels.attention import tpu
@@ -117,9 +117,7 @@ def why_not(config: Any) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
     if more_than_one_device(config.mesh):
         return f"the tpu backend runs on one device, got `mesh={config.mesh}`; leave `mesh` empty"
-    kind = config.kv_cache_dtype
-    if kind == "auto":
-        kind = "bfloat16" if config.dtype == "auto" else config.dtype
+    kind = cache_dtype(config, "bfloat16")
     if "float16" in (config.dtype, kind):
         return "a TPU has no float16 arithmetic; use bfloat16 as `dtype` and `kv_cache_dtype`"
     least = tpu.smallest_page(jnp.dtype(kind))

@@ -35,6 +35,8 @@ class Attention:
     out: Linear  # [H * D, E]
     q_norm: jax.Array | None = None  # [D]
     k_norm: jax.Array | None = None  # [D]
+    sinks: jax.Array | None = None  # f32[H] a logit without a value
+    kv_scales: jax.Array | None = None  # f32[2, K] of the cache's keys and values
 
 
 @flax.struct.dataclass
@@ -105,7 +107,9 @@ def attention(
         k = rms_norm(k, w.k_norm, config.eps, offset)
     q, k = rotate(q, turn), rotate(k, turn)
     call = AttentionSpec(spec, scale=config.query_scale, softcap=config.attention_softcap)
-    y, kv = ops.attend(q, k, v, kv, call)
+    extra = {"sinks": w.sinks, "kv_scales": w.kv_scales}
+    extra = {name: given for name, given in extra.items() if given is not None}
+    y, kv = ops.attend(q, k, v, kv, call, **extra)
     return ops.linear(y.reshape(-1, config.H * config.D), w.out), kv
 
 
@@ -168,6 +172,7 @@ def attention_tensors(config: ModelConfig, at: str, qk_norm: str = "") -> Attent
         out=tensors.linear("HD E", f"{at}o_proj", config.out_bias),
         q_norm=tensors.tensor("D", f"{at}q_norm.weight", init=qk_norm) if qk_norm else None,
         k_norm=tensors.tensor("D", f"{at}k_norm.weight", init=qk_norm) if qk_norm else None,
+        kv_scales=tensors.kv_scales(at) if config.kv_scales else None,
     )
 
 

@@ -70,7 +70,9 @@ class Ops:
 
     attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, spec: AttentionSpec) -> ([N, H, D], cache)
         stores this layer's keys and values in its pages, then attends. Which pages and positions:
-        the step knows, the model does not. `cache` is one layer's cache, opaque here.
+        the step knows, the model does not. `cache` is one layer's cache, opaque here. A layer that
+        has them adds sinks=f32[H] (a logit of each head that has no value) and
+        kv_scales=f32[2, K] (what a stored key, a stored value is multiplied with).
     linear(x [N, in], Linear) -> [N, out...]
     grouped_linear(x [N, in], weight [X, in, out], sizes i32[X]) -> [N, out]
         rows of x are sorted by expert: the first sizes[0] rows meet weight[0], and so on; rows past

@@ -67,7 +67,7 @@ class Model:
         sizes = self.sizes
 
         def leaf(t: Tensor) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape(t.axes, sizes), dtype)
+            return jax.ShapeDtypeStruct(shape(t.axes, sizes), t.dtype or dtype)
 
         return jax.tree.map(leaf, self.tensors)
 

@@ -33,6 +33,7 @@ class Piece:
     into: Index = ()  # part of the parameter; () is all of it
     whole: str = ""  # axes of the stored tensor, where the piece is only some of its rows
     after: str = ""  # axes of the rows before the piece, word by word
+    default: float | None = None  # where the checkpoint lacks it; one number then stands for all
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Tensor:
     axes: str
     pieces: tuple[Piece, ...]
     init: str = "normal"  # random weights: normal, ones or zeros
+    dtype: str = ""  # of its own, whatever the others have
 
 
 def stack(layers: Sequence[Tensor]) -> Tensor:
@@ -49,7 +51,7 @@ def stack(layers: Sequence[Tensor]) -> Tensor:
     pieces = (
         replace(piece, into=(i, *piece.into)) for i, t in enumerate(layers) for piece in t.pieces
     )
-    return Tensor(f"L {layers[0].axes}", tuple(pieces), layers[0].init)
+    return Tensor(f"L {layers[0].axes}", tuple(pieces), layers[0].init, layers[0].dtype)
 
 
 def unstack(t: Tensor) -> tuple[Tensor, ...]:
@@ -59,7 +61,7 @@ def unstack(t: Tensor) -> tuple[Tensor, ...]:
     layers: dict[int | slice, list[Piece]] = {}
     for piece in t.pieces:
         layers.setdefault(piece.into[0], []).append(replace(piece, into=piece.into[1:]))
-    return tuple(Tensor(t.axes[2:], tuple(pieces), t.init) for pieces in layers.values())
+    return tuple(Tensor(t.axes[2:], tuple(pieces), t.init, t.dtype) for pieces in layers.values())
 
 
 def size(word: str, sizes: Mapping[str, int]) -> int:
@@ -108,6 +110,13 @@ def tensor(axes: str, *pieces: Piece | str, init: str = "normal") -> Any:
     """A leaf; a bare name is a checkpoint tensor with our axes. (Any: it stands for an array.)"""
     made = tuple(Piece(p, axes) if isinstance(p, str) else p for p in pieces)
     return Tensor(axes, made, init)
+
+
+def kv_scales(at: str) -> Any:
+    """What an 8-bit cache's keys and values were divided by, one number a layer or one a head."""
+    names = (f"{at}k_scale", f"{at}v_scale")
+    pieces = tuple(Piece(name, "K", (i,), default=1.0) for i, name in enumerate(names))
+    return Tensor("2 K", pieces, "ones", "float32")
 
 
 def qkv(config: ModelConfig, at: str) -> Linear:
