@@ -148,6 +148,7 @@ def test_scales_of_the_cache_are_found_by_any_of_their_names() -> None:
     tensors[at.format(0) + "k_scale"] = np.float16(0.5) * np.ones((1,), np.float16)
     tensors[at.format(0) + "v_proj.v_scale"] = np.array([[[2.0]], [[4.0]]], np.float32)
     plain = load_params(build(config, 64), tensors.__getitem__, tensors, np.float32)
+    assert isinstance(plain.layers, tuple)
     assert plain.layers[0].attention.kv_scales is None  # left alone by a cache of more bits
     for stacked in (False, True):
         model = build(replace(config, kv_scales=True), 64, stacked=stacked)

@@ -31,7 +31,7 @@ def settings(case: Case) -> dict[str, Any]:
 
 def check(case: Case, dtype: str = "float32", seed: int = 0, cache_dtype: str = "") -> None:
     q, k, v, cache, batch = inputs(case, seed, dtype, cache_dtype)
-    given = extras(case, seed)
+    given: dict[str, Any] = dict(extras(case, seed))
     run = jax.jit(partial(blockwise.attend, **settings(case)))
     want, want_cache = reference.attend(q, k, v, cache, batch, **settings(case), **given)
     got, got_cache = run(q, k, v, cache, batch, **given)
