@@ -31,7 +31,7 @@ def record(
         name="tpu",
         reason=reason,
         devices=devices,
-        attend=tpu.attend,
+        attend=partial(tpu.attend, **tpu.chip(kind)),
         init_cache=init_cache,
         page_bytes=tpu.page_bytes,
         linear=plain.linear,
