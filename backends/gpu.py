@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 from octavo.backends import plain
-from octavo.backends.cpu import more_than_one_device
 from octavo.backends.record import CACHE_DTYPES, Backend
 from octavo.pallas_kernels.attention import blockwise, gpu
 from octavo.pallas_kernels.attention.batch import RaggedBatch
@@ -81,8 +80,6 @@ def compiler_options(tokens: int) -> dict[str, bool | int | str]:
 
 def why_not(config: Any) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
-    if more_than_one_device(config.mesh):
-        return f"the gpu backend runs on one device, got `mesh={config.mesh}`; leave `mesh` empty"
     if config.kv_cache_dtype in CACHE_DTYPES:
         return (
             f"the gpu backend keeps keys and values in 16 or 32 bits, "

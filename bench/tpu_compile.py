@@ -136,8 +136,7 @@ class Schedule:
         jumps = {
             at: to
             for at, to in self.branches
-            if begin <= at < to <= end
-            and sum(at + BRANCH <= dot < to for dot in dots) <= skipped
+            if begin <= at < to <= end and sum(at + BRANCH <= dot < to for dot in dots) <= skipped
         }
         least = len(dots) - chunks * skipped
         # cost[at][n]: bundles from `at` to the end with at least n products

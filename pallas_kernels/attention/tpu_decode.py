@@ -41,9 +41,7 @@ LOG2E = 1.4426950408889634
 IDS = 128  # page ids that one copy brings: the least that SMEM copies take is 512 bytes
 
 
-def chunk_tokens(
-    layout: Layout, page_size: int, dtype: jax.typing.DTypeLike, longest: int
-) -> int:
+def chunk_tokens(layout: Layout, page_size: int, dtype: jax.typing.DTypeLike, longest: int) -> int:
     """C tokens that are attended to at once: many where they are small, so that the arithmetic of
     one hides the latency of another; few where no row has more than `longest` tokens."""
     token = layout.tiles * layout.width * jnp.dtype(dtype).itemsize
