@@ -69,6 +69,13 @@ class Backend:
     # compiler_options(tokens): XLA's, for a program that runs this many tokens
     compiler_options: Callable[[int], Mapping[str, bool | int | str]] = lambda tokens: {}
     autotuning: str = ""  # XLA's option for a folder that keeps what it found by trying
+    # What its compiler cannot do; docs/design.md section 7.
+    mixed: bool = True  # decode rows and prompt chunks in one program
+    most_chunks: int = 0  # prompt chunks in one step; 0 is as many as a plan holds
+    branches: bool = True  # conditionals, infinities, and loops that end when the device says so
+    dense_experts: bool = False  # every expert meets every token
+    # Of the pages of the longest sequence: how many a program looks at, ascending, the last is it.
+    context_buckets: Callable[[int], tuple[int, ...]] = lambda pages: (pages,)
     # A model of fewer bytes than `small_model` decodes faster than the host can dispatch: its row
     # buckets are `small_rows` up to the most, and it runs `small_steps` decode steps in a program.
     small_model: int = 0

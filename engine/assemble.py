@@ -129,6 +129,9 @@ def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:
         by_priority=config.scheduling_policy == "priority",
         steps=resolved.steps,
         several_rows=resolved.several_rows,
+        apart=not resolved.mixed,
+        chunks=resolved.chunks,
+        context_buckets=resolved.context_buckets,
     )
 
 

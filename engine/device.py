@@ -14,6 +14,7 @@ from octavo.engine.harvest import Rows
 from octavo.engine.host import Flight, Host, Launch, Limits
 from octavo.engine.masks import Masks
 from octavo.engine.plan import CHUNKS, Packer
+from octavo.engine.programs import forward_key
 from octavo.engine.reader import Reader
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
@@ -62,7 +63,7 @@ class Device:
             several = self.programs.several[launch.rows, launch.greedy]
             self.state, *launch.flight.result = several(self.params, self.state)
             return None
-        key = (launch.rows, launch.tokens)
+        key = forward_key(launch.rows, launch.tokens, launch.context)
         arguments = (vector,) if launch.tokens else ()
         self.state, passed, taken = self.programs.forward[key](self.params, self.state, *arguments)
         launch.flight.result = (taken,)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from octavo.backends.record import Backend
 from octavo.engine.config import ConfigError, EngineConfig
-from octavo.engine.plan import plan_size
+from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.state import BIAS, Dims, PageGroup
 from octavo.models.config import ModelConfig
 from octavo.models.load import param_bytes
@@ -85,6 +85,9 @@ class Resolved:
     memory: MemoryPlan
     steps: int = 1  # decode steps in one program
     several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
+    mixed: bool = True  # see backends.record
+    chunks: int = CHUNKS  # prompt chunks in one step
+    context_buckets: tuple[int, ...] = ()  # pages that a program looks at
 
 
 def size(count: float) -> str:
@@ -152,6 +155,9 @@ def resolve(
         memory=memory,
         steps=steps,
         several_rows=rows if steps > 1 else (),
+        mixed=backend.mixed,
+        chunks=backend.most_chunks or CHUNKS,
+        context_buckets=backend.context_buckets(dims.pages_per_slot),
     )
 
 

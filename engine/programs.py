@@ -80,7 +80,7 @@ class Programs:
     folder: Path | None = None  # where they are kept between runs
     edit: Any = None
     empty: Any = None
-    forward: dict[tuple[int, int], Any] = field(default_factory=dict)
+    forward: dict[tuple[int, ...], Any] = field(default_factory=dict)  # by forward_key
     greedy: dict[int, Any] = field(default_factory=dict)
     sample: dict[int, Any] = field(default_factory=dict)
     masked: dict[int, Any] = field(default_factory=dict)
@@ -90,6 +90,10 @@ class Programs:
     # By name: seconds to trace, which one thread does, and seconds of a thread to compile.
     builds: dict[str, tuple[float, float]] = field(default_factory=dict)
     found: int = 0  # programs that were kept from an earlier run
+
+    def contexts(self) -> tuple[int, ...]:
+        """The pages that each forward pass has a program for; 0 is all."""
+        return (*self.limits.context_buckets[:-1], 0)
 
     def shapes(self) -> list[tuple[int, int]]:
         """The (R, T) of every forward pass."""
@@ -167,11 +171,13 @@ class Programs:
         ]
         # The slowest first, so that they do not end up alone at the end.
         for rows, tokens in sorted(self.shapes(), reverse=True):
-            function = _forward(machine, rows, tokens)
             arguments = (params, state, vector) if tokens else (params, state)
-            name = f"forward {rows} rows + {tokens} tokens"
-            place = self._put(self.forward, (rows, tokens))
-            jobs.append(Job(name, place, function, arguments, (1,), rows + tokens))
+            for pages in self.contexts():
+                function = _forward(machine, rows, tokens, pages)
+                name = f"forward {rows} rows + {tokens} tokens"
+                name += f" of {pages} pages" if pages else ""
+                place = self._put(self.forward, forward_key(rows, tokens, pages))
+                jobs.append(Job(name, place, function, arguments, (1,), rows + tokens))
         for rows in self.limits.several_rows:
             for greedy in (True, False):
                 name = f"{'greedy' if greedy else 'plain'} steps of {rows} rows"
@@ -276,10 +282,16 @@ def _edit(machine: step.Machine) -> Any:
     return edit
 
 
-def _forward(machine: step.Machine, rows: int, tokens: int) -> Any:
+def forward_key(rows: int, tokens: int, context: int = 0) -> tuple[int, ...]:
+    """Where `Programs.forward` has the program of R rows and T tokens; 0 pages are all."""
+    return (rows, tokens, context) if context else (rows, tokens)
+
+
+def _forward(machine: step.Machine, rows: int, tokens: int, context: int = 0) -> Any:
     def forward(params: Any, state: Any, vector: jax.Array | None = None) -> Any:
         plan = None if vector is None else vector[0]
-        out = step.forward(machine, params, one_shard(state), plan, rows=rows, tokens=tokens)
+        sizes = {"rows": rows, "tokens": tokens, "context": context}
+        out = step.forward(machine, params, one_shard(state), plan, **sizes)
         return as_shard(out)
 
     return forward

@@ -122,6 +122,8 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     """
     N, k = x.shape[0], config.top_k
     chances = jax.nn.softmax(ops.linear(x, w.router).astype(jnp.float32), axis=-1)  # [N, X]
+    if ops.dense_experts:
+        return _dense_moe(config, w, x, chances)
     share, expert = jax.lax.top_k(chances, k)  # [N, k]
     if config.norm_top_k:
         share = share / jnp.sum(share, axis=-1, keepdims=True)
@@ -133,6 +135,28 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     y = ops.grouped_linear(inner, w.down, sizes)  # [N * k, E], by expert
     y = y[jnp.argsort(order)].reshape(N, k, -1).astype(jnp.float32)  # by token
     return jnp.sum(y * share[:, :, None], axis=1).astype(x.dtype)
+
+
+def _dense_moe(config: ModelConfig, w: Experts, x: jax.Array, chances: jax.Array) -> jax.Array:
+    """The same for chances f32[N, X], with every expert for every token and no sort.
+
+    A token's experts are found one after another; among equals the first, as top_k has it.
+    """
+    place = jnp.arange(config.X, dtype=jnp.int32)
+    left, share = chances, jnp.zeros_like(chances)
+    for _ in range(config.top_k):
+        best = left == jnp.max(left, axis=-1, keepdims=True)
+        first = jnp.min(jnp.where(best, place, config.X), axis=-1, keepdims=True)
+        share = jnp.where(place == first, chances, share)
+        left = jnp.where(place == first, -1.0, left)
+    if config.norm_top_k:
+        share = share / jnp.sum(share, axis=-1, keepdims=True)
+    out = jnp.zeros(x.shape, jnp.float32)
+    for expert in range(config.X):
+        both = jnp.einsum("ne,ejf->njf", x, w.gate_up[expert])
+        inner = ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1]
+        out = out + (inner @ w.down[expert]).astype(jnp.float32) * share[:, expert, None]
+    return out.astype(x.dtype)
 
 
 def logits(config: ModelConfig, params: Decoder, hidden: jax.Array, ops: Ops) -> jax.Array:

@@ -51,9 +51,11 @@ class Ops:
         the sum of sizes give anything finite.
     layers(block, x, layers, cache, specs) -> (x, cache)
         applies block(x, layer_params, layer_cache, spec) -> (x, layer_cache) to each layer in turn.
+    dense_experts: neither sort nor top-k is there, so every expert meets every token.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]]
     linear: Callable[[jax.Array, Linear], jax.Array]
     grouped_linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
+    dense_experts: bool = False
