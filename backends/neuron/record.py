@@ -1,4 +1,4 @@
-"""The backend record of a Neuron target: what its step looks like, on a core that may not be here."""
+"""The backend record of a Neuron target: what its step looks like, wherever it is made."""
 
 from collections.abc import Callable
 from typing import Any
