@@ -1,18 +1,21 @@
 """Weights: from tensors with Hugging Face names to a parameter tree, one parameter at a time.
 
-Never more than one parameter is in host memory on its way: read, laid out and cast by numpy, put.
+Never more than one parameter of one layer is in host memory on its way: read, laid out and cast by
+numpy, put; where layers are stacked, into its place in the stack.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from octavo.models.layers import Decoder
 from octavo.models.registry import Model
-from octavo.models.tensors import Tensor, fill, shape
+from octavo.models.tensors import Tensor, fill, shape, unstack
 
 Get = Callable[[str], np.ndarray]
 Put = Callable[[np.ndarray], jax.Array]
@@ -49,11 +52,10 @@ def load_params(
     """
     stored = {canonical_name(name): name for name in names}
     check_names(model, stored)
-    sizes = model.config.sizes
+    sizes = model.sizes
     done, total = 0, param_bytes(model, dtype)
 
-    def leaf(t: Tensor) -> jax.Array:
-        nonlocal done
+    def read(t: Tensor) -> np.ndarray:
         out = np.empty(shape(t.axes, sizes), dtype)
         for piece in t.pieces:
             array = get(stored[piece.name])
@@ -64,13 +66,33 @@ def load_params(
                     f"asks for {list(want)}; are the weights those of this config?"
                 )
             fill(out, t, piece, array, sizes)
-        made = put(out)
-        done += out.nbytes
-        if progress is not None:
-            progress(t.pieces[0].name, done, total)
+        return out
+
+    def leaf(t: Tensor) -> jax.Array:
+        nonlocal done
+        made, layers = None, unstack(t)
+        for i, layer in enumerate(layers):
+            array = read(layer)
+            made = put(array) if layers == (t,) else _insert(made, put(array), i, len(layers))
+            done += array.nbytes
+            if progress is not None:
+                progress(layer.pieces[0].name, done, total)
+        assert made is not None
         return made
 
     return jax.tree.map(leaf, model.tensors)
+
+
+def _insert(stack: jax.Array | None, layer: jax.Array, at: int, layers: int) -> jax.Array:
+    """A stack with one more of its layers, where the stack lies; it begins as None."""
+    if stack is None:
+        stack = jnp.zeros((layers, *layer.shape), layer.dtype, device=layer.sharding)
+    return _put_in(stack, layer, at)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_in(stack: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, at, 0)
 
 
 # The beginnings of names in checkpoints of a model alone, saved without what was around it.
@@ -116,7 +138,7 @@ def _some(names: set[str], most: int = 5) -> str:
 
 def param_bytes(model: Model, dtype: Any) -> int:
     """Bytes of all parameters."""
-    sizes = model.config.sizes
+    sizes = model.sizes
     leaves = jax.tree.leaves(model.tensors)
     return sum(math.prod(shape(t.axes, sizes)) for t in leaves) * np.dtype(dtype).itemsize
 
@@ -130,9 +152,18 @@ def random_params(
     """
     random = np.random.default_rng(seed)
     block = random.standard_normal(1_000_003, np.float32)
-    sizes = model.config.sizes
+    sizes = model.sizes
 
     def leaf(t: Tensor) -> jax.Array:
+        made, layers = None, unstack(t)
+        if layers == (t,):
+            return one(t)
+        for i, layer in enumerate(layers):
+            made = _insert(made, one(layer), i, len(layers))
+        assert made is not None
+        return made
+
+    def one(t: Tensor) -> jax.Array:
         dims = shape(t.axes, sizes)
         if t.init != "normal":
             return put(np.full(dims, 1.0 if t.init == "ones" else 0.0, dtype))

@@ -4,10 +4,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jaxlib._jax as xla
 import numpy as np
+from jaxlib import _jax as xla
 
 from octavo.backends.neuron.exported import Exported
+
+try:
+    from jaxlib._hlo import XlaComputation
+except ImportError:  # jaxlib 0.10.0
+    from jaxlib._jax import XlaComputation
 
 DTYPES = {"u8": "uint8", "s32": "int32", "u32": "uint32", "f32": "float32", "bf16": "bfloat16"}
 
@@ -18,7 +23,7 @@ def load(exported: Exported, devices: Sequence[Any] | None = None) -> Callable[.
     With one rank both are lists of arrays instead.
     """
     devices = list(devices or jax.devices("cpu")[: exported.ranks])
-    module = xla.mlir.xla_computation_to_mlir_module(xla.XlaComputation(exported.hlo))
+    module = xla.mlir.xla_computation_to_mlir_module(XlaComputation(exported.hlo))
     options = xla.CompileOptions()
     options.num_replicas, options.num_partitions = exported.ranks, 1
     options.device_assignment = xla.DeviceAssignment.create(
