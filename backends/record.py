@@ -69,6 +69,8 @@ class Backend:
     cache_bytes: int = 0  # the most the cache takes unless asked for more; 0 is all that fits
     # compiler_options(tokens): XLA's, for a program that runs this many tokens
     compiler_options: Callable[[int], Mapping[str, bool | int | str]] = lambda tokens: {}
+    # compile(engine.programs.Job) -> what is called, where XLA does not run the programs
+    compile: Callable[[Any], Any] | None = None
     autotuning: str = ""  # XLA's option for a folder that keeps what it found by trying
     # What its compiler cannot do; docs/design.md section 7.
     mixed: bool = True  # decode rows and prompt chunks in one program

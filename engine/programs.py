@@ -109,9 +109,9 @@ class Programs:
     ) -> None:
         """Compile everything. params: arrays or ShapeDtypeStructs. `stop` ends it unfinished."""
         state = jax.eval_shape(lambda: new_state(self.machine, init_kv))
-        jobs = self._jobs(jax.tree.map(_abstract, params), state, init_kv)
+        jobs = self.jobs(params, init_kv)
         store = None
-        if self.folder is not None:
+        if self.folder is not None and self.machine.backend.compile is None:
             made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
             store = Store(self.folder / "whole", *made_from, _shapes(state))
         done = 0
@@ -143,9 +143,11 @@ class Programs:
 
     def _build(self, job: "Job", store: Store | None, threads: ThreadPoolExecutor) -> Any:
         """Trace here, compile and keep there: a future of (program, seconds)."""
+        backend = self.machine.backend
+        if backend.compile is not None:
+            return threads.submit(_timed, backend.compile, job)
         began = time.perf_counter()
         lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.arguments)
-        backend = self.machine.backend
         options = dict(backend.compiler_options(job.tokens))
         if backend.autotuning and store is not None:
             options[backend.autotuning] = str(store.subfolder("autotuning"))
@@ -159,9 +161,11 @@ class Programs:
 
         return threads.submit(work)
 
-    def _jobs(self, params: Any, state: Any, init_kv: Callable[[], Any]) -> list[Job]:
-        """Everything to compile, the slowest first."""
+    def jobs(self, params: Any, init_kv: Callable[[], Any]) -> list[Job]:
+        """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs."""
         machine, dims = self.machine, self.machine.dims
+        state = jax.eval_shape(lambda: new_state(machine, init_kv))
+        params = jax.tree.map(_abstract, params)
         vector = jax.ShapeDtypeStruct((1, plan_size(dims)), jnp.int32)
         head = machine.model.head(params)
         edited = (state.slots, state.pages, vector)
@@ -244,7 +248,7 @@ class Programs:
             *self.rich.values(),
         ]
         every += [*self.score.values(), *self.several.values()]
-        sizes = [p.memory_analysis() for p in every if p is not None]
+        sizes = [p.memory_analysis() for p in every if hasattr(p, "memory_analysis")]
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
 
 

@@ -7,7 +7,7 @@ inputs nor among its outputs.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -58,6 +58,43 @@ def name_leaves(roots: Sequence[str], trees: Sequence[Any]) -> list[tuple[str, A
     return named
 
 
+class Job(Protocol):
+    """A program of the step (`engine.programs.Job` is one)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def function(self) -> Callable[..., Any]: ...
+    @property
+    def arguments(self) -> tuple[Any, ...]: ...  # abstract
+    @property
+    def donate(self) -> tuple[int, ...]: ...
+
+
+SAMPLE = (("params", "state.slots", "passed", "mask", "named"), ("state.slots", "packed", "extra"))
+# By the first word of a job's name: the roots of its arguments and of its results. A job with fewer
+# arguments or results has the first of them.
+ROOTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "edit": (("state.slots", "state.pages", "vector"), ("state.slots", "state.pages")),
+    "forward": (("params", "state", "vector"), ("state", "passed", "taken")),
+    "score": (("params", "hidden", "targets", "named"), tuple(f"scores[{i}]" for i in range(5))),
+    **dict.fromkeys(("greedy", "sample", "masked", "rich"), SAMPLE),
+}
+
+
+def can_export(job: Job) -> bool:
+    """Whether it is a graph: what makes the first, empty state is none."""
+    return job.name.split()[0] in ROOTS
+
+
+def export_job(job: Job, ranks: int = 1) -> Graph:
+    """The graph of one of the step's programs."""
+    arguments, results = ROOTS[job.name.split()[0]]
+    name = job.name.replace(" + ", " ").replace(" ", "_")
+    signature = Signature(name, arguments[: len(job.arguments)], results)
+    return export(job.function, job.arguments, signature, donate=job.donate, ranks=ranks)
+
+
 def export(
     function: Callable[..., Any],
     arguments: Sequence[Any],
@@ -78,7 +115,7 @@ def export(
     results = traced.out_info
     single = len(signature.results) == 1
     trees = (results,) if single else tuple(results)
-    outputs = [name for name, _ in name_leaves(signature.results, trees)]
+    outputs = [name for name, _ in name_leaves(signature.results[: len(trees)], trees)]
     safe = make_safe(data, signature.name, inputs, outputs)
     exported = Exported(
         name=signature.name,
