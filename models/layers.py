@@ -127,9 +127,10 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     tokens as one matrix.
     """
     N, k = x.shape[0], config.top_k
-    chances = jax.nn.softmax(ops.linear(x, w.router).astype(jnp.float32), axis=-1)  # [N, X]
+    routed = ops.linear(x, w.router).astype(jnp.float32)  # [N, X]
     if ops.dense_experts:
-        return _dense_moe(config, w, x, chances)
+        return _dense_moe(config, w, x, routed)
+    chances = jax.nn.softmax(routed, axis=-1)
     share, expert = jax.lax.top_k(chances, k)  # [N, k]
     if config.norm_top_k:
         share = share / jnp.sum(share, axis=-1, keepdims=True)
@@ -147,11 +148,13 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     return jnp.sum(y * share[:, :, None], axis=1).astype(x.dtype)
 
 
-def _dense_moe(config: ModelConfig, w: Experts, x: jax.Array, chances: jax.Array) -> jax.Array:
-    """The same for chances f32[N, X], with every expert for every token and no sort.
+def _dense_moe(config: ModelConfig, w: Experts, x: jax.Array, routed: jax.Array) -> jax.Array:
+    """The same for the router's f32[N, X], with every expert for every token and no sort.
 
     A token's experts are found one after another; among equals the first, as top_k has it.
     """
+    weight = jnp.exp(routed - jnp.max(routed, axis=-1, keepdims=True))
+    chances = weight / jnp.sum(weight, axis=-1, keepdims=True)
     place = jnp.arange(config.X, dtype=jnp.int32)
     left, share = chances, jnp.zeros_like(chances)
     for _ in range(config.top_k):
