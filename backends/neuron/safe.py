@@ -163,9 +163,9 @@ def _flatten(module: Module) -> None:
         made.append(Computation(computation.id, computation.name, root, list(inliner.out.values())))
     module.computations = made
     main = module.main
-    root = main.instruction(main.root)
-    if root.opcode != "tuple":
-        wrapped = Instruction(ids(), "result", "tuple", _tuple_shape([root]), [root.id])
+    last = main.instruction(main.root)
+    if last.opcode != "tuple":
+        wrapped = Instruction(ids(), "result", "tuple", _tuple_shape([last]), [last.id])
         main.instructions.append(wrapped)
         main.root = wrapped.id
 
@@ -255,9 +255,9 @@ def _narrow(module: Module, inputs: list[str], outputs: list[str]) -> None:
     }
     kept_out = [at for at in range(len(outputs)) if at not in through]
     root.operands = [root.operands[at] for at in kept_out]
-    for at, operand in enumerate(root.operands):  # a result is never the very parameter
-        if by_id[operand].opcode == "parameter":
-            copy = _like(by_id[operand], _Ids(module)(), "copy", by_id[operand].shape, operand)
+    for at, result in enumerate(root.operands):  # a result is never the very parameter
+        if by_id[result].opcode == "parameter":
+            copy = _like(by_id[result], _Ids(module)(), "copy", by_id[result].shape, result)
             main.instructions.insert(-1, copy)
             by_id[copy.id] = copy
             root.operands[at] = copy.id
@@ -356,7 +356,7 @@ def _groups(rest: Message) -> list[list[int]]:
 
 def _iota_groups(listed: Message) -> list[list[int]]:
     """Groups said as a transposed range of numbers."""
-    count, size = listed.int(1), listed.int(2)
+    count, size = listed.number(1), listed.number(2)
     dims, order = listed.ints(3), listed.ints(4)
     strides = [1] * len(dims)
     for at in range(len(dims) - 2, -1, -1):
