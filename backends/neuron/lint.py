@@ -97,6 +97,11 @@ def lint(exported: Exported, target: Any) -> list[Finding]:
     return findings
 
 
+def operations(exported: Exported) -> int:
+    """Operations of a graph, those inside reductions included."""
+    return sum(len(c.instructions) for c in Module.parse(exported.hlo).computations)
+
+
 def errors(findings: list[Finding]) -> list[Finding]:
     """Those that end an export."""
     return [f for f in findings if f.severity == "error"]

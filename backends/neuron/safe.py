@@ -66,6 +66,16 @@ def make_safe(data: bytes, name: str, inputs: Sequence[str], outputs: Sequence[s
     )
 
 
+def canonical(data: bytes) -> bytes:
+    """A module without names and source lines: equal for two that compute the same the same way."""
+    module = Module.parse(data)
+    module.name, module.frames = "graph", b""
+    for computation in module.computations:
+        for instruction in computation.instructions:
+            instruction.metadata = b""
+    return module.encode()
+
+
 def _info(name: str, shape: Shape, leaf: str) -> TensorInfo:
     return TensorInfo(name=name, shape=shape.dims, dtype=shape.dtype, leaf=leaf)
 
