@@ -58,7 +58,7 @@ class Shape:
     def parse(data: bytes) -> "Shape":
         message = Message.parse(data)
         parts = tuple(Shape.parse(part) for part in message.all(4))
-        code = message.int(2)
+        code = message.number(2)
         dtype = TYPES.get(code, f"type {code}")
         dims = tuple(message.ints(3))
         dynamic = any(message.ints(6)) or any(d < 0 for d in dims)
@@ -113,16 +113,16 @@ class Instruction:
         m = Message.parse(data)
         rest = Message([f for f in m.fields if f[0] not in KNOWN])
         return Instruction(
-            id=m.int(ID),
+            id=m.number(ID),
             name=m.text(NAME),
             opcode=m.text(OPCODE),
-            shape=m.bytes(SHAPE),
+            shape=m.blob(SHAPE),
             operands=m.ints(OPERANDS),
             called=m.ints(CALLED),
             control=m.ints(CONTROL),
-            parameter=m.int(PARAMETER),
-            tuple_index=m.int(TUPLE_INDEX),
-            metadata=m.bytes(METADATA),
+            parameter=m.number(PARAMETER),
+            tuple_index=m.number(TUPLE_INDEX),
+            metadata=m.blob(METADATA),
             rest=rest,
         )
 
@@ -175,7 +175,7 @@ class Computation:
     def parse(data: bytes) -> "Computation":
         m = Message.parse(data)
         instructions = [Instruction.parse(i) for i in m.all(2)]
-        return Computation(m.int(5), m.text(1), m.int(6), instructions)
+        return Computation(m.number(5), m.text(1), m.number(6), instructions)
 
     @property
     def parameters(self) -> list[Instruction]:
@@ -225,13 +225,13 @@ class Module:
         for entry in m.message(8).all(1):
             e = Message.parse(entry)
             output = e.ints(1)
-            aliases.append((output[0] if output else 0, e.int(2)))
+            aliases.append((output[0] if output else 0, e.number(2)))
         return Module(
             name=m.text(1),
-            entry=m.int(6),
+            entry=m.number(6),
             computations=[Computation.parse(c) for c in m.all(3)],
             aliases=aliases,
-            frames=m.bytes(17),
+            frames=m.blob(17),
         )
 
     @property
@@ -279,12 +279,12 @@ class Sources:
     def of(self, instruction: Instruction) -> str:
         """File and line, or what jax called the operation, or nothing."""
         metadata = Message.parse(instruction.metadata)
-        file, line = metadata.text(3), metadata.int(4)
-        frame = metadata.int(15)
+        file, line = metadata.text(3), metadata.number(4)
+        frame = metadata.number(15)
         if 0 < frame <= len(self._frames):
-            at = self._frames[frame - 1].int(1)
+            at = self._frames[frame - 1].number(1)
             location = self._locations[at - 1]
-            file, line = self._files[location.int(1) - 1], location.int(3)
+            file, line = self._files[location.number(1) - 1], location.number(3)
         if file:
             return f"{_short(file)}:{line}"
         return metadata.text(2)

@@ -97,6 +97,11 @@ def lint(exported: Exported, target: Any) -> list[Finding]:
     return findings
 
 
+def operations(exported: Exported) -> int:
+    """Operations of a graph, those inside reductions included."""
+    return sum(len(c.instructions) for c in Module.parse(exported.hlo).computations)
+
+
 def errors(findings: list[Finding]) -> list[Finding]:
     """Those that end an export."""
     return [f for f in findings if f.severity == "error"]
@@ -201,7 +206,7 @@ def _gathers(c: Context) -> Iterator[Finding]:
     operand, index = c.operand_shapes
     if form.ints(5) or form.ints(6):
         yield c.found("N004", "a gather with batch dimensions; lay it flat: x.at[i].get() of rows")
-    elif form.ints(2) != [0] or form.ints(3) != [0] or not _flat(index, form.int(4)):
+    elif form.ints(2) != [0] or form.ints(3) != [0] or not _flat(index, form.number(4)):
         yield c.found("N004", "a gather of more than rows; index one dimension with one list")
     else:
         yield from _bounds(c, operand, index_of=1)
@@ -217,7 +222,7 @@ def _scatters(c: Context) -> Iterator[Finding]:
     operand, index, _ = c.operand_shapes
     if form.ints(5) or form.ints(6):
         yield c.found("N005", "a scatter with batch dimensions; lay it flat: x.at[i].set() of rows")
-    elif form.ints(2) != [0] or form.ints(3) != [0] or not _flat(index, form.int(4)):
+    elif form.ints(2) != [0] or form.ints(3) != [0] or not _flat(index, form.number(4)):
         yield c.found("N005", "a scatter of more than rows; index one dimension with one list")
     else:
         yield from _bounds(c, operand, index_of=1)
@@ -329,8 +334,8 @@ def _constants(c: Context) -> Iterator[Finding]:
     if c.instruction.opcode != "constant" or _only_begins(c):
         return
     literal = c.instruction.rest.message(hlo.LITERAL)
-    numbers = unpack_floats(literal.bytes(8))
-    halves = literal.bytes(13)
+    numbers = unpack_floats(literal.blob(8))
+    halves = literal.blob(13)
     wide = b"".join(b"\0\0" + halves[i : i + 2] for i in range(0, len(halves), 2))
     if not all(map(math.isfinite, numbers)) or not all(map(math.isfinite, unpack_floats(wide))):
         yield c.found("N018", "a constant that is not finite; mask with -1e30")

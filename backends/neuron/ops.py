@@ -96,7 +96,7 @@ def attend(
 def _write(pool: jax.Array, new: jax.Array, dest: jax.Array, scale: jax.Array | None) -> jax.Array:
     """pool [P * S, K * D] with new [N, K, D] at the rows dest i32[N]."""
     if scale is not None:
-        most = float(jnp.finfo(pool.dtype).max)
+        most = float(jnp.finfo(pool.dtype).max)  # type: ignore[no-untyped-call]
         new = jnp.clip(new.astype(jnp.float32) / scale[:, None], -most, most)
     rows = new.reshape(new.shape[0], -1).astype(pool.dtype)
     return pool.at[dest].set(rows, mode="promise_in_bounds", wrap_negative_indices=False)

@@ -66,6 +66,16 @@ def make_safe(data: bytes, name: str, inputs: Sequence[str], outputs: Sequence[s
     )
 
 
+def canonical(data: bytes) -> bytes:
+    """A module without names and source lines: equal for two that compute the same the same way."""
+    module = Module.parse(data)
+    module.name, module.frames = "graph", b""
+    for computation in module.computations:
+        for instruction in computation.instructions:
+            instruction.metadata = b""
+    return module.encode()
+
+
 def _info(name: str, shape: Shape, leaf: str) -> TensorInfo:
     return TensorInfo(name=name, shape=shape.dims, dtype=shape.dtype, leaf=leaf)
 
@@ -163,9 +173,9 @@ def _flatten(module: Module) -> None:
         made.append(Computation(computation.id, computation.name, root, list(inliner.out.values())))
     module.computations = made
     main = module.main
-    root = main.instruction(main.root)
-    if root.opcode != "tuple":
-        wrapped = Instruction(ids(), "result", "tuple", _tuple_shape([root]), [root.id])
+    last = main.instruction(main.root)
+    if last.opcode != "tuple":
+        wrapped = Instruction(ids(), "result", "tuple", _tuple_shape([last]), [last.id])
         main.instructions.append(wrapped)
         main.root = wrapped.id
 
@@ -255,9 +265,9 @@ def _narrow(module: Module, inputs: list[str], outputs: list[str]) -> None:
     }
     kept_out = [at for at in range(len(outputs)) if at not in through]
     root.operands = [root.operands[at] for at in kept_out]
-    for at, operand in enumerate(root.operands):  # a result is never the very parameter
-        if by_id[operand].opcode == "parameter":
-            copy = _like(by_id[operand], _Ids(module)(), "copy", by_id[operand].shape, operand)
+    for at, result in enumerate(root.operands):  # a result is never the very parameter
+        if by_id[result].opcode == "parameter":
+            copy = _like(by_id[result], _Ids(module)(), "copy", by_id[result].shape, result)
             main.instructions.insert(-1, copy)
             by_id[copy.id] = copy
             root.operands[at] = copy.id
@@ -356,7 +366,7 @@ def _groups(rest: Message) -> list[list[int]]:
 
 def _iota_groups(listed: Message) -> list[list[int]]:
     """Groups said as a transposed range of numbers."""
-    count, size = listed.int(1), listed.int(2)
+    count, size = listed.number(1), listed.number(2)
     dims, order = listed.ints(3), listed.ints(4)
     strides = [1] * len(dims)
     for at in range(len(dims) - 2, -1, -1):

@@ -45,20 +45,20 @@ class Message:
         """Every value of a length-delimited field."""
         return [v for n, _, v in self.fields if n == number and isinstance(v, bytes)]
 
-    def bytes(self, number: int) -> bytes:
+    def blob(self, number: int) -> bytes:
         """The last value of a length-delimited field; empty where it is absent."""
         values = self.all(number)
         return values[-1] if values else b""
 
     def text(self, number: int) -> str:
         """A string field."""
-        return self.bytes(number).decode()
+        return self.blob(number).decode()
 
     def message(self, number: int) -> "Message":
         """A sub-message; empty where it is absent."""
-        return Message.parse(self.bytes(number))
+        return Message.parse(self.blob(number))
 
-    def int(self, number: int) -> int:
+    def number(self, number: int) -> int:
         """A signed integer field; 0 where it is absent."""
         values = [v for n, _, v in self.fields if n == number and isinstance(v, int)]
         return _signed(values[-1]) if values else 0

@@ -1,19 +1,19 @@
 """Runs exported bytes, as they are, on XLA's CPU client: what neuronx-cc would get, computed."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import jax
 import numpy as np
-from jaxlib import _jax as xla
 
 from octavo.backends.neuron.exported import Exported
 
-try:
-    from jaxlib._hlo import XlaComputation
-except ImportError:  # jaxlib 0.10.0
-    from jaxlib._jax import XlaComputation
-
+xla: Any = import_module("jaxlib._jax")  # what jax has no public name for
+# It moved after jaxlib 0.10.0.
+XlaComputation: Any = getattr(xla, "XlaComputation", None) or getattr(
+    import_module("jaxlib._hlo"), "XlaComputation", None
+)
 DTYPES = {"u8": "uint8", "s32": "int32", "u32": "uint32", "f32": "float32", "bf16": "bfloat16"}
 
 
