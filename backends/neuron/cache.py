@@ -25,7 +25,6 @@ from octavo.backends.neuron.errors import (
     CacheMiss,
     CompileFailed,
     CompilerMissing,
-    NeffTargetMismatch,
 )
 from octavo.backends.neuron.exported import Exported
 from octavo.backends.neuron.hlo import Module

@@ -126,7 +126,7 @@ def test_a_refused_graph_is_not_tried_again_until_asked(cache, calls, monkeypatc
 
 @pytest.mark.parametrize("how", ["kill", "partial", "slow:30"])
 def test_a_compiler_that_was_stopped_is_tried_again(cache, calls, monkeypatch, how) -> None:
-    cache.compiler.time_limit = 2.0
+    cache.compiler = Compiler(FAKE, "fake-1", time_limit=2.0, jobs=2)
     monkeypatch.setenv("FAKE_NEURONX_CC", how)
     with pytest.raises(errors.CompileFailed):
         cache.get(GRAPH, INF2)
@@ -136,7 +136,7 @@ def test_a_compiler_that_was_stopped_is_tried_again(cache, calls, monkeypatch, h
 
 
 def test_a_slow_compiler_is_ended_and_the_limit_named(cache, monkeypatch) -> None:
-    cache.compiler.time_limit = 0.5
+    cache.compiler = Compiler(FAKE, "fake-1", time_limit=0.5, jobs=2)
     monkeypatch.setenv("FAKE_NEURONX_CC", "slow:30")
     with pytest.raises(errors.CompileFailed, match="OCTAVO_NEURON_COMPILE_TIMEOUT"):
         cache.get(GRAPH, INF2)
