@@ -47,6 +47,9 @@ def load(exported: Exported, devices: Sequence[Any] | None = None) -> Callable[.
 
 
 def _put(array: Any, dtype: str, device: Any) -> Any:
+    """As jax's own arrays are, so that weights are copied once; what is aliased is used up."""
+    if isinstance(array, jax.Array) and array.dtype == DTYPES[dtype]:
+        return array if array.devices() == {device} else jax.device_put(array, device)
     value = np.array(array)
     assert value.dtype == DTYPES[dtype] or value.dtype == np.bool_, (value.dtype, dtype)
     return jax.device_put(value.astype(jax.numpy.dtype(DTYPES[dtype])), device)

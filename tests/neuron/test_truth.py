@@ -5,6 +5,7 @@ program. That proves what the graphs compute; what Amazon's compiler and cores m
 instance shows (`octavo doctor neuron`).
 """
 
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -19,8 +20,14 @@ from octavo.backends.neuron.record import record
 from octavo.backends.neuron.targets import target_of
 from octavo.backends.record import Backend
 from octavo.backends.select import select
+from octavo.engine.assemble import Parts, load_weights, open_model
+from octavo.engine.config import EngineConfig
+from octavo.engine.core import EngineCore
+from octavo.engine.memory import resolve
 from octavo.engine.programs import Job
-from tests.engine.tiny import GEMMA3, LLAMA, SIZES, Client, make_engine, make_parts
+from octavo.models.config import ModelConfig
+from tests.e2e.golden import COMPLETION, need
+from tests.engine.tiny import GEMMA3, LLAMA, SIZES, Client, make_engine, make_parts, run_one
 from tests.neuron.on_cpu import load
 
 QWEN3 = SIZES | {"architectures": ["Qwen3ForCausalLM"]}
@@ -76,6 +83,35 @@ def texts(parts: Any, **sampling: Any) -> list[list[int]]:
     core.close()
     assert all(client.finished[h].reason == "length" for h in handles), client.finished
     return [client.tokens[h] for h in handles]
+
+
+def smollm2(backend: Backend) -> list[int]:
+    """64 tokens of SmolLM2 in float32."""
+    config = EngineConfig(
+        model="smollm2-135m",
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=1,
+        max_num_batched_tokens=32,
+        page_size=16,
+        num_pages=12,
+        max_logprobs=3,
+        compilation_cache="none",
+    )
+    with closing(open_model(config)) as checkpoint:
+        resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
+        params = load_weights(config, checkpoint, resolved.model, resolved.dtype)
+    core = EngineCore(config, parts=Parts(backend, resolved, params, [], 0.0))
+    tokens = run_one(core, COMPLETION.input_ids, max_tokens=64)
+    core.close()
+    return tokens
+
+
+def test_the_exported_bytes_of_smollm2_write_the_golden_text() -> None:
+    need("smollm2-135m")
+    there = smollm2(exported_backend(select("cpu")))
+    assert there[: len(COMPLETION.output_ids)] == COMPLETION.output_ids
+    assert there == smollm2(lazy_backend(select("cpu"))) and len(there) == 64
 
 
 @pytest.mark.parametrize(
