@@ -25,6 +25,7 @@ from octavo.backends.neuron.errors import (
     CacheMiss,
     CompileFailed,
     CompilerMissing,
+    NeffTargetMismatch,
 )
 from octavo.backends.neuron.exported import Exported
 from octavo.backends.neuron.hlo import Module
@@ -95,6 +96,15 @@ class NeffCache:
             places = list(self.root.glob(f"*/{options.target.name}/{key}"))
         there = [place for place in places if (place / "model.neff").exists()]
         return max(there, key=lambda place: place.stat().st_mtime, default=None)
+
+    def _check_targets(self, graph: str, options: Options) -> None:
+        """Raises NeffTargetMismatch where the graph was compiled, but for other hardware only."""
+        here, found = options.target.name, set()
+        for manifest in self.root.glob("*/*/*/manifest.json"):
+            if json.loads(manifest.read_text())["name"] == graph:
+                found.add(manifest.parent.parent.name)
+        if found and here not in found:
+            raise NeffTargetMismatch(graph, min(found), here)
 
     def _make(self, folder: Path, exported: Exported, options: Options, compiler: Compiler) -> None:
         failed = folder.with_suffix(".failed.json")

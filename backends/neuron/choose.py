@@ -25,8 +25,8 @@ def backend(asked: str) -> Backend:
     settings = Settings.read()
     for name, value in RUNTIME.items():
         os.environ.setdefault(name, value)
-    executor = _pjrt(settings) if settings.executor != "aot" else None
-    executor = executor or _aot(settings)
+    found = _pjrt(settings) if settings.executor != "aot" else None
+    executor: Pjrt | Aot = found or _aot(settings)
     words = {"pjrt": "jax's neuron platform", "aot": "graphs compiled ahead, run by libnrt"}
     reason = f"neuron: {executor.target.chip}, {words[executor.name]} ({asked})"
     if isinstance(executor, Pjrt) and not executor.donates:

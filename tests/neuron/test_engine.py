@@ -86,7 +86,5 @@ def test_donation_is_probed_before_it_is_trusted(monkeypatch) -> None:
     assert donation_works(device)
     there = Pjrt(INF2, (device,))
     assert there.donates and there.memory() > 0
-    right = np.array_equal
-    seen: list[int] = []
-    monkeypatch.setattr(np, "array_equal", lambda a, b: bool(seen.append(1)) or right(a, b + 1))
+    monkeypatch.setattr(np, "array_equal", lambda a, b: False)
     assert not donation_works(device)

@@ -26,7 +26,7 @@ from octavo.backends.neuron.exported import BYTES
 try:
     from jaxlib._hlo import XlaComputation  # type: ignore[import-not-found]
 except ImportError:  # jaxlib 0.10.0
-    from jaxlib._jax import XlaComputation
+    from jaxlib._jax import XlaComputation  # type: ignore[import-not-found]
 
 SOURCE = Path(__file__).parent / "libnrt.c"
 HEADER = 1024
