@@ -10,7 +10,7 @@ after; the old name of it is gone with the call, as a donated array of jax is.
 
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 
 from octavo.backends.neuron import neff
 from octavo.backends.neuron.errors import NeffInvalid, NoNeuronDevice
-from octavo.backends.neuron.exported import Exported, TensorInfo
+from octavo.backends.neuron.exported import Exported
 from octavo.backends.neuron.nrt import DTYPES, INPUT, OUTPUT, Nrt, logical_cores
 
 KEPT_SETS = 64  # of tensors, per program and rank
@@ -388,16 +388,12 @@ def _check_ports(exported: Exported, nrt: Nrt, model: int) -> None:
     ):
         found = {port.name: port for port in ports if port.usage == usage}
         if missing := {info.name for info in wanted} ^ set(found):
-            raise NeffInvalid(exported.name, f"its {what} differ in {_some(missing)}")
+            raise NeffInvalid(
+                exported.name, f"its {what} differ in {', '.join(sorted(missing)[:5])}"
+            )
         for info in wanted:
             port = found[info.name]
             if (port.nbytes, port.dtype) != (info.nbytes, DTYPES[info.dtype]):
-                raise NeffInvalid(exported.name, f"{info.name} is no {_shown(info)} there")
-
-
-def _shown(info: TensorInfo) -> str:
-    return f"{info.dtype}{list(info.shape)}"
-
-
-def _some(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)[:5])
+                raise NeffInvalid(
+                    exported.name, f"{info.name} is no {info.dtype}{list(info.shape)} there"
+                )
