@@ -97,6 +97,7 @@ class Ops:
     layers(block, x, layers, cache, specs) -> (x, cache)
         applies block(x, layer_params, layer_cache, spec) -> (x, layer_cache) to each layer in turn.
         `layers` is a tuple of trees, or `Stacks` where the backend asked for them.
+    dense_experts: neither sort nor top-k is there, so every expert meets every token.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]]
@@ -104,6 +105,7 @@ class Ops:
     grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
     across: Across | None = None  # None: the model is whole
+    dense_experts: bool = False  # every expert meets every token
 
     def closing(self, x: jax.Array, w: Linear) -> jax.Array:
         """The projection that ends a block: its input may be one shard's part of the whole."""
