@@ -11,7 +11,7 @@ from jax.experimental.layout import Format, Layout
 
 from octavo.backends import plain
 from octavo.backends.chips import Chip, chip_of
-from octavo.backends.record import Backend, Layer, doubling
+from octavo.backends.record import Backend, Layer, cache_dtype, doubling
 from octavo.models.layers import Experts
 from octavo.models.ops import Stacks
 from octavo.pallas_kernels.attention import tpu
@@ -43,7 +43,7 @@ def record(
         name="tpu",
         reason=reason,
         devices=devices,
-        attend=tpu.attend,
+        attend=partial(tpu.attend, **tpu.chip(chip.name if chip else "")),
         init_cache=init_cache,
         page_bytes=tpu.page_bytes,
         linear=plain.linear,
@@ -140,9 +140,7 @@ def cut(stack: Any, i: jax.Array) -> Any:
 
 def why_not(config: Any) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
-    kind = config.kv_cache_dtype
-    if kind == "auto":
-        kind = "bfloat16" if config.dtype == "auto" else config.dtype
+    kind = cache_dtype(config, "bfloat16")
     if "float16" in (config.dtype, kind):
         return "a TPU has no float16 arithmetic; use bfloat16 as `dtype` and `kv_cache_dtype`"
     least = tpu.smallest_page(jnp.dtype(kind))

@@ -10,6 +10,7 @@ import numpy as np
 from octavo.engine.assemble import Parts
 from octavo.engine.build import Build
 from octavo.engine.compiles import WATCH
+from octavo.engine.functions import forward_key
 from octavo.engine.harvest import Rows
 from octavo.engine.host import Flight, Host, Launch, Limits
 from octavo.engine.masks import Masks
@@ -34,9 +35,11 @@ class Device:
         self.reader = reader
         self.params = parts.params
         self.head = parts.resolved.model.head(parts.params)
+        self._close = parts.backend.close
         self.packer = Packer(limits.dims)
         self.masks = Masks(limits.dims.vocab)
         self.programs = build.programs()
+        self.put = self.programs.placement.put
         self.compile_seconds = build.seconds
         with WATCH.building():
             self.state = self.programs.empty()
@@ -52,7 +55,7 @@ class Device:
         """Edit the state and dispatch the forward pass."""
         vector = None
         if launch.tokens or launch.draft.edits():
-            vector = self.programs.placement.put(self.packer.pack(launch.draft)[None])
+            vector = self.put(self.packer.pack(launch.draft)[None])
         if launch.draft.edits():
             slots, pages = self.programs.edit(self.state.slots, self.state.pages, vector)
             self.state = replace(self.state, slots=slots, pages=pages)
@@ -66,7 +69,7 @@ class Device:
         if whole and not (launch.tokens or launch.rich or launch.masked):
             self.state, *launch.flight.result = whole(self.params, self.state)
             return None
-        key = (launch.rows, launch.tokens)
+        key = forward_key(launch.rows, launch.tokens, launch.context)
         arguments = (vector,) if launch.tokens else ()
         self.state, passed, taken = self.programs.forward[key](self.params, self.state, *arguments)
         launch.flight.result = (taken,)
@@ -77,16 +80,16 @@ class Device:
         flight = launch.flight
         if passed is not None:
             if launch.scored:
-                targets = self.programs.placement.put(self._targets(host, flight)[None])
-                named = self.programs.placement.put(named_of_chunks(flight)[None])
+                targets = self.put(self._targets(host, flight)[None])
+                named = self.put(named_of_chunks(flight)[None])
                 score = self.programs.score[launch.tokens]
                 flight.scores = score(self.head, passed.chunk_hidden, targets, named)
             passed = replace(passed, chunk_hidden=None)
             arguments = (self.head, self.state.slots, passed)
             if launch.rich or launch.masked:
-                mask = self.programs.placement.put(self.masks.build(host, flight)[None])
+                mask = self.put(self.masks.build(host, flight)[None])
             if launch.rich:
-                named = jax.device_put(named_of_rows(flight)[None])
+                named = self.put(named_of_rows(flight)[None])
                 rich = self.programs.rich[launch.rows]
                 slots, packed, flight.rich = rich(*arguments, mask, named)
             elif launch.masked:
@@ -144,6 +147,7 @@ class Device:
                 leaf.delete()
         self.state = self.params = self.head = None
         self.programs = None  # type: ignore[assignment]
+        self._close()
 
 
 def named_of_rows(flight: Flight) -> np.ndarray:

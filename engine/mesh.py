@@ -60,6 +60,7 @@ class Placement:
     here: Any = None  # without a mesh: the device's sharding where programs must name it
     # Backend.stack_format: how weights of stacked layers lie there
     stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
+    put_here: Callable[[np.ndarray], Any] = jax.device_put  # Backend.put, without a mesh
 
     @cached_property
     def params(self) -> Any:
@@ -106,13 +107,13 @@ class Placement:
     def put(self, array: np.ndarray) -> jax.Array:
         """Something that belongs to slots, with its leading data axis."""
         if self.mesh is None:
-            return jax.device_put(array)
+            return self.put_here(array)
         return jax.device_put(array, NamedSharding(self.mesh, ROWS))
 
     def put_weight(self, array: np.ndarray, tensor: Tensor) -> jax.Array:
         """A parameter: each device gets its part."""
         if self.mesh is None:
-            return jax.device_put(array.reshape(flat_shape(tensor, array.shape)))
+            return self.put_here(array.reshape(flat_shape(tensor, array.shape)))
         cut = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes)))
         if not tensor.flat:
             return jax.device_put(array, cut)

@@ -23,7 +23,15 @@ Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
 StackFormat = Callable[[int, Any], Any]  # (axes, sharding) -> sharding or jax's Format
 
 # Tensors of some checkpoints that a decoder does not need: buffers, and the parts that see.
-HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
+HARMLESS_ENDINGS = (
+    "rotary_emb.inv_freq",
+    "self_attn.masked_bias",
+    "self_attn.bias",
+    "self_attn.k_scale",  # of a cache of 8 bits, where ours has more
+    "self_attn.v_scale",
+    "self_attn.q_scale",
+    "self_attn.prob_scale",
+)
 HARMLESS_BEGINNINGS = ("model.vision_tower.", "model.multi_modal_projector.")
 # An encoder's: what fills gaps in a text, buffers, and the pooler where no classifier reads it.
 BERT_EXTRAS = (
@@ -73,10 +81,15 @@ def load_params(
         if t.init == "ranks":
             return ranks(model)
         padded = t.axes.startswith("V") and sizes["V"] > known["V"]
-        out = (np.zeros if padded else np.empty)(shape(t.axes, sizes), dtype)
+        out = (np.zeros if padded else np.empty)(shape(t.axes, sizes), t.dtype or dtype)
         for piece in t.pieces:
-            array = get(stored[piece.name])
             want = shape(piece.whole or piece.axes, known)
+            if piece.default is None:
+                array = get(stored[piece.name])
+            else:
+                found = get(stored[piece.name]) if piece.name in stored else np.array(piece.default)
+                array = np.broadcast_to(found.reshape(-1), want) if found.size == 1 else found
+                array = array.reshape(want) if array.size == math.prod(want) else array
             if array.shape != want:
                 raise LoadError(
                     f"tensor {stored[piece.name]} has shape {list(array.shape)}, but config.json "
@@ -144,6 +157,8 @@ def canonical_name(name: str) -> str:
     if name.startswith(BARE):
         return "model." + name
     name = name.removeprefix("bert.").removeprefix("roberta.")
+    for letter in "kv":  # some tools keep a cache's scales beside the projection
+        name = name.replace(f"self_attn.{letter}_proj.{letter}_scale", f"self_attn.{letter}_scale")
     if name.endswith(("LayerNorm.gamma", "LayerNorm.beta")):  # the first of all BERTs
         return name.replace(".gamma", ".weight").replace(".beta", ".bias")
     return name
@@ -152,12 +167,14 @@ def canonical_name(name: str) -> str:
 def check_names(model: Model, names: Iterable[str]) -> None:
     """Raise LoadError where the checkpoint and the model do not name the same tensors."""
     have = set(names)
-    want = {piece.name for t in jax.tree.leaves(model.tensors) for piece in t.pieces}
+    pieces = [piece for t in jax.tree.leaves(model.tensors) for piece in t.pieces]
+    may = {piece.name for piece in pieces if piece.default is not None}
+    want = {piece.name for piece in pieces} - may
     harmless = {"lm_head.weight"} if model.config.tied else set()
     extras = BERT_EXTRAS if model.config.family == "bert" else HARMLESS_BEGINNINGS
     left = {
         name
-        for name in have - want - harmless
+        for name in have - want - may - harmless
         if not name.endswith(HARMLESS_ENDINGS) and not name.startswith(extras)
     }
     if missing := want - have:
@@ -183,7 +200,9 @@ def param_bytes(model: Model, dtype: Any, sizes: Mapping[str, int] | None = None
     """Bytes of all parameters on one device; with `model.sizes` those of all shards."""
     sizes = model.local_sizes if sizes is None else sizes
     leaves = jax.tree.leaves(model.tensors)
-    return sum(math.prod(shape(t.axes, sizes)) for t in leaves) * np.dtype(dtype).itemsize
+    return sum(
+        math.prod(shape(t.axes, sizes)) * np.dtype(t.dtype or dtype).itemsize for t in leaves
+    )
 
 
 def random_params(
@@ -206,7 +225,7 @@ def random_params(
             return ranks(model)
         dims = shape(t.axes, sizes)
         if t.init != "normal":
-            return np.full(dims, 1.0 if t.init == "ones" else 0.0, dtype)
+            return np.full(dims, 1.0 if t.init == "ones" else 0.0, t.dtype or dtype)
         fan_in = _fan_in(t, dims)
         scaled = np.roll(block * fan_in**-0.5, random.integers(len(block))).astype(dtype)
         return np.resize(scaled, dims)
