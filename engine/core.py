@@ -189,11 +189,11 @@ class EngineCore:
                 assert not host.live, "nothing runs and nothing can start"
             return None
         self._note_starts(launch)
-        passed = self.device.begin(launch)
+        self.device.begin(launch)
         if launch.masked:  # every token so far must be known, while the forward pass runs
             while self.host.flights:
-                outputs += self._harvest_program(busy=passed is not None)
-        self.device.finish(launch, passed, self.host)
+                outputs += self._harvest_program(busy=bool(launch.rows))
+        self.device.finish(launch, self.host)
         self.host.flights.append(launch.flight)
         self.host.flights.extend(launch.followers)
         for sequence, why in self.device.masks.take_stuck():
