@@ -15,8 +15,8 @@ PAGE = 32  # one tile of 8-bit keys; larger pages gain less than 5 % of a decode
 
 def backend(reason: str) -> Backend:
     """The record of the TPU that is here."""
-    device = jax.devices("tpu")[0]
-    return record(reason, (device,), _free_memory(device))
+    device = jax.local_devices(backend="tpu")[0]
+    return record(reason, tuple(jax.devices("tpu")), _free_memory(device))
 
 
 def record(

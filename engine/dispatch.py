@@ -72,7 +72,7 @@ class Dispatcher:
         programs, rows = self.programs, order.rows
         passed = replace(self._passed, chunk_hidden=None)
         self._passed = None
-        arguments = (self.head, self.state.slots, passed)
+        arguments: tuple[Any, ...] = (self.head, self.state.slots, passed)
         if order.sampling >= MASKED:
             words = mask_words(programs.machine.dims.vocab)
             arguments += (self._put(order.mask, np.uint32, rows, words),)

@@ -58,7 +58,7 @@ class Store:
         """`made_from`: whatever decides the programs besides the process's own surroundings; each
         must have a complete repr."""
         self.folder = folder
-        self._base = repr((_sources(), identity(), made_from))
+        self._base = repr((sources(), identity(), made_from))
 
     def _path(self, name: str, details: object) -> Path:
         digest = hashlib.sha256(repr((self._base, name, details)).encode()).hexdigest()
@@ -115,7 +115,7 @@ class Store:
 
 
 @cache
-def _sources() -> str:
+def sources() -> str:
     """One digest of the code that programs are traced from."""
     digest = hashlib.sha256()
     root = Path(octavo.__file__).parent
