@@ -28,8 +28,8 @@ from octavo.engine.orders import (
     Stop,
     Trouble,
     Welcome,
-    thick,
-    thin,
+    thickened,
+    thinned,
 )
 
 SILENCE = 6.0  # seconds without a heartbeat after which a host counts as lost
@@ -39,7 +39,10 @@ BUILD = 3600.0  # seconds for all hosts to load and compile
 FAREWELL = 3.0  # seconds for the others to say that they end
 TICK = 0.1  # seconds between two looks at the line
 
-Socket = "zmq.Socket[bytes]"
+GONE = (
+    "host {} is gone: its process ended or cannot be reached, and without it no step can run; "
+    "start every host again"
+)
 
 
 class HostLost(RuntimeError):
@@ -177,9 +180,8 @@ class Leader(_Line):
 
     def order(self, order: Order) -> None:
         """Send an order to every host; HostLost where one is gone."""
-        wire = msgspec.structs.replace(order, plan=thin(order.plan)) if order.plan else order
         self.orders += 1
-        self.order_bytes += self._tell(wire)
+        self.order_bytes += self._tell(thinned(order))
 
     def _tell(self, message: FromLeader) -> int:
         if self.lost:
@@ -190,7 +192,7 @@ class Leader(_Line):
                 with self._lock:
                     self._socket.send_multipart((name_of(index), payload), zmq.NOBLOCK)
             except zmq.ZMQError:
-                self._lose(f"host {index} is gone")
+                self._lose(GONE.format(index))
                 raise HostLost(self.lost) from None
         return len(payload)
 
@@ -213,9 +215,12 @@ class Leader(_Line):
     # --- the other thread
 
     def _watch(self) -> None:
+        doubtful = 0.0  # until when: a connection ends a little before its host is forgotten
         with contextlib.suppress(zmq.ZMQError):
             while True:
                 if self._cut_off():
+                    doubtful = time.monotonic() + SILENCE
+                if time.monotonic() < doubtful:
                     self._find_lost()
                 while (got := self._receive()) is not None:
                     self._take(*got)
@@ -252,7 +257,7 @@ class Leader(_Line):
                     self._socket.send_multipart((name_of(index), payload), zmq.NOBLOCK)
             except zmq.ZMQError:
                 if self._joined:
-                    self._lose(f"host {index} is gone")
+                    self._lose(GONE.format(index))
                 else:  # it may come again
                     self._heard[Hello].pop(index, None)
 
@@ -301,9 +306,7 @@ class Follower(_Line):
                 step += 1
                 if message.step != step:
                     raise HostLost(f"the leader sent step {message.step} instead of {step}")
-                if message.plan:
-                    message.plan = thick(message.plan)
-                yield message
+                yield thickened(message)
 
     def trouble(self, message: str) -> None:
         """Tell the leader that this host cannot go on."""

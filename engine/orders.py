@@ -23,7 +23,7 @@ class Order(msgspec.Struct, tag=0, array_like=True, omit_defaults=True):
     edit: bool = False  # before the forward pass
     empty: bool = False  # an empty state in place of this one, and nothing else
     scored: bool = False
-    plan: bytes = b""  # i32[data, plan_size]; on the wire as `thin` makes it
+    plan: bytes = b""  # i32[data, plan_size]; this and the next on the wire as `thin` makes them
     targets: bytes = b""  # i32[data, 2, T]
     named_chunks: bytes = b""  # i32[data, CHUNKS, MAX_LOGPROB_TOKEN_IDS]
     mask: bytes = b""  # u32[data, R, words]
@@ -77,9 +77,24 @@ FromLeader = Order | Welcome | Memory | Stop | Probe
 FromFollower = Hello | Memory | Built | Trouble | Bye
 
 
-def thin(plan: bytes) -> bytes:
-    """A plan (whole int32) without its blocks of zeros, which are most of it."""
-    numbers = np.frombuffer(plan, "<i4")
+ARRAYS = ("plan", "targets", "named_chunks", "mask", "named_rows")
+
+
+def thinned(order: Order) -> Order:
+    """The order as it travels; a copy where it carries arrays."""
+    carried = {name: thin(array) for name in ARRAYS if (array := getattr(order, name))}
+    return msgspec.structs.replace(order, **carried) if carried else order
+
+
+def thickened(order: Order) -> Order:
+    """The order as it was before it travelled."""
+    carried = {name: thick(array) for name in ARRAYS if (array := getattr(order, name))}
+    return msgspec.structs.replace(order, **carried) if carried else order
+
+
+def thin(array: bytes) -> bytes:
+    """An array of 32-bit numbers without its blocks of zeros, which are most of a plan."""
+    numbers = np.frombuffer(array, "<i4")
     blocks = np.pad(numbers, (0, -len(numbers) % BLOCK)).reshape(-1, BLOCK)
     kept = blocks.any(axis=1)
     head = np.array([len(numbers)], "<i4").tobytes()

@@ -95,7 +95,7 @@ def follow(settings: ServerSettings, config: EngineConfig, listener: socket.sock
             if asked[1] > 1 or (asked[0] and (not told or time.monotonic() > asked[0])):
                 return 0 if not told else 1  # still starting, or asked twice, or out of time
             time.sleep(LOOK)
-        if engine.exit_code:
+        if engine.exit_code != 0:
             print(f"error: {ended}", file=sys.stderr, flush=True)
         return 0 if not engine.exit_code else engine.exit_code if engine.exit_code > 0 else 1
     finally:
