@@ -8,6 +8,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import numpy as np
+
+# `kv_cache_dtype` by the names that people know, where numpy's is another.
+CACHE_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}
+
+
+def cache_dtype(config: Any, default: str) -> str:
+    """The dtype of cached keys and values; `default` where the config names none."""
+    if config.kv_cache_dtype != "auto":
+        return CACHE_DTYPES.get(config.kv_cache_dtype, str(config.kv_cache_dtype))
+    return default if config.dtype == "auto" else str(config.dtype)
 
 
 class BackendError(ValueError):
@@ -47,7 +58,8 @@ class Backend:
     devices: tuple[jax.Device, ...]  # what it computes on, the first one first
 
     # attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, batch: RaggedBatch, *, window, scale,
-    # softcap) -> ([N, H, D], cache): writes, then attends; `cache` is one entry of init_cache.
+    # softcap, sinks=None, kv_scales=None) -> ([N, H, D], cache): writes, then attends; `cache` is
+    # one entry of init_cache. pallas_kernels/attention/reference.py is the definition.
     attend: Callable[..., tuple[jax.Array, Any]]
     init_cache: InitCache
     # page_bytes(layers, page_size, kv_heads, head_size, dtype): one page in all of `layers` layers
@@ -55,8 +67,12 @@ class Backend:
 
     # These three are `models.ops.Ops` of the same names.
     linear: Callable[[jax.Array, Any], jax.Array]
-    grouped_linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
+    stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
+
+    # stack_format(axes, sharding): how a stack of layers' weights of so many axes lies in memory
+    stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
 
     row_buckets: Callable[[int], tuple[int, ...]]  # of max_num_seqs, ascending, the last is it
     token_buckets: Callable[[int], tuple[int, ...]]  # of max_num_batched_tokens, likewise
@@ -68,7 +84,18 @@ class Backend:
     cache_bytes: int = 0  # the most the cache takes unless asked for more; 0 is all that fits
     # compiler_options(tokens): XLA's, for a program that runs this many tokens
     compiler_options: Callable[[int], Mapping[str, bool | int | str]] = lambda tokens: {}
+    # compile(engine.programs.Job) -> what is called, where XLA does not run the programs
+    compile: Callable[[Any], Any] | None = None
+    put: Callable[[np.ndarray], Any] = jax.device_put  # an array to where the programs find it
+    close: Callable[[], None] = lambda: None  # when the engine is closed
     autotuning: str = ""  # XLA's option for a folder that keeps what it found by trying
+    # What its compiler cannot do; docs/design.md section 7.
+    mixed: bool = True  # decode rows and prompt chunks in one program
+    most_chunks: int = 0  # prompt chunks in one step; 0 is as many as a plan holds
+    branches: bool = True  # conditionals, infinities, and loops that end when the device says so
+    dense_experts: bool = False  # every expert meets every token
+    # Of the pages of the longest sequence: how many a program looks at, ascending, the last is it.
+    context_buckets: Callable[[int], tuple[int, ...]] = lambda pages: (pages,)
     # A model of fewer bytes than `small_model` decodes faster than the host can dispatch: its row
     # buckets are `small_rows` up to the most, and it runs `small_steps` decode steps in a program.
     small_model: int = 0

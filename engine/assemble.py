@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from octavo.backends.record import Backend
+from octavo.backends.record import CACHE_DTYPES, Backend
 from octavo.backends.select import select
 from octavo.engine.config import ConfigError, EngineConfig, devices_of
 from octavo.engine.grammar.vocabulary import Vocabulary
@@ -75,9 +77,8 @@ def assemble(
         if decided is not None:
             decided(backend, resolved)
         began = time.perf_counter()
-        params = load_weights(
-            config, checkpoint, Placement(resolved.mesh, resolved.model), resolved.dtype, progress
-        )
+        place = Placement(resolved.mesh, resolved.model, None, backend.stack_format, backend.put)
+        params = load_weights(config, checkpoint, place, resolved.dtype, progress)
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
     return Parts(backend, resolved, params, eos, time.perf_counter() - began, vocabulary)
@@ -98,13 +99,19 @@ def load_weights(
     """Every parameter of the model, in its place."""
     model = place.model
     if config.load_format == "dummy":
-        return random_params(model, config.seed, dtype, put=place.put_weight)
+        return random_params(
+            model, config.seed, dtype, put=place.put_weight, stack_format=place.stack_format
+        )
+    _check_scales(config, checkpoint)
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
-        if place.mesh is None:
-            return load(checkpoint.path, model.abstract_params(dtype))
-        return load_over(place, checkpoint.path, dtype)
+        if place.mesh is not None:
+            return load_over(place, checkpoint.path, dtype)
+        params = load(checkpoint.path, model.abstract_params(dtype))
+        if place.put_here is jax.device_put:
+            return params
+        return jax.tree.map(lambda leaf: place.put_here(np.asarray(leaf)), params)
     report = None
     if progress is not None:
 
@@ -118,7 +125,23 @@ def load_weights(
         dtype,
         put=place.put_weight,
         progress=report,
+        stack_format=place.stack_format,
     )
+
+
+def _check_scales(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """An int8 cache is of no use without scales; one of 8-bit floats has a range of its own."""
+    kind = config.kv_cache_dtype
+    if checkpoint.format == "orbax" and kind in CACHE_DTYPES:
+        raise ConfigError(
+            f"`kv_cache_dtype={kind}`: a folder saved in its final layout keeps no scales of keys "
+            "and values; load the original checkpoint"
+        )
+    if kind == "int8" and not any(name.endswith(".k_scale") for name in checkpoint.names()):
+        raise ConfigError(
+            "`kv_cache_dtype=int8` needs tensors `k_scale` and `v_scale` in every layer, and the "
+            "checkpoint has none; use fp8, or a checkpoint calibrated for a cache of 8 bits"
+        )
 
 
 def load_over(place: Placement, folder: Any, dtype: Any) -> Any:
@@ -134,7 +157,7 @@ def load_over(place: Placement, folder: Any, dtype: Any) -> Any:
         )
     places = place.abstract(model.abstract_params(dtype), place.params)
     params = load(folder, replace(places, rank=None))
-    return replace(params, rank=place.put_weight(ranks(model), model.tensors.rank.axes))
+    return replace(params, rank=place.put_weight(ranks(model), model.tensors.rank))
 
 
 def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:
@@ -148,6 +171,9 @@ def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:
         by_priority=config.scheduling_policy == "priority",
         steps=resolved.steps,
         several_rows=resolved.several_rows,
+        apart=not resolved.mixed,
+        chunks=resolved.chunks,
+        context_buckets=resolved.context_buckets,
     )
 
 

@@ -54,7 +54,7 @@ class Device(Dispatcher):
     def begin(self, launch: Launch) -> None:
         """Edit the state and dispatch the forward pass, and sampling where it needs no more."""
         edits, flight = launch.draft.edits(), launch.flight
-        order = Order(0, rows=launch.rows, tokens=launch.tokens, edit=edits)
+        order = Order(0, rows=launch.rows, tokens=launch.tokens, context=launch.context, edit=edits)
         if launch.tokens or edits:
             order.plan = self.packer.pack(launch.draft).tobytes()
         if launch.rows:

@@ -14,7 +14,7 @@ from octavo.engine.compiles import WATCH
 from octavo.engine.grammar.guide import mask_words
 from octavo.engine.orders import FORWARD, GREEDY, MASKED, NO_SAMPLING, RICH, SEVERAL, Order
 from octavo.engine.plan import CHUNKS
-from octavo.engine.programs import Programs
+from octavo.engine.programs import Programs, forward_key
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 
@@ -57,7 +57,7 @@ class Dispatcher:
             return done
         if order.forward == FORWARD:
             arguments = (vector,) if order.tokens else ()
-            forward = programs.forward[order.rows, order.tokens]
+            forward = programs.forward[forward_key(order.rows, order.tokens, order.context)]
             self.state, self._passed, done.taken = forward(self.params, self.state, *arguments)
         if order.scored:
             targets = self._put(order.targets, np.int32, 2, order.tokens)
@@ -97,4 +97,6 @@ class Dispatcher:
             if not leaf.is_deleted():
                 leaf.delete()
         self.state = self.params = self.head = self._passed = None
+        close = self.programs.machine.backend.close
         self.programs = None  # type: ignore[assignment]
+        close()

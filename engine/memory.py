@@ -4,15 +4,15 @@
 refuses with the numbers and the settings that would make it fit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 
-from octavo.backends.record import Backend
+from octavo.backends.record import Backend, cache_dtype
 from octavo.engine.config import ConfigError, EngineConfig, parse_mesh
 from octavo.engine.mesh import make_mesh, shards_of
-from octavo.engine.plan import plan_size
+from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.state import BIAS, Dims, PageGroup
 from octavo.models.config import ModelConfig
 from octavo.models.load import param_bytes
@@ -87,6 +87,9 @@ class Resolved:
     mesh: Any = None  # jax.sharding.Mesh; None is one device
     steps: int = 1  # decode steps in one program
     several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
+    mixed: bool = True  # see backends.record
+    chunks: int = CHUNKS  # prompt chunks in one step
+    context_buckets: tuple[int, ...] = ()  # pages that a program looks at
 
 
 def size(count: float) -> str:
@@ -103,15 +106,11 @@ def resolve(
     """Decide every size. `model` replaces the one that `facts` would build (benches)."""
     if why := backend.why_not(config):
         raise ConfigError(why)
-    sizes = parse_mesh(config.mesh)
-    if unserved := [axis for axis in ("data", "stage") if sizes.get(axis, 1) > 1]:
-        raise ConfigError(
-            f"`mesh={config.mesh}` cuts `{unserved[0]}`, which no engine can do yet; "
-            "use `model` (and `expert` for a model with experts)"
-        )
+    sizes = _axes(config)
     mesh = make_mesh(sizes, backend.devices)
     dtype = jnp.dtype(backend.dtype if config.dtype == "auto" else config.dtype)
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
+    kv_dtype = jnp.dtype(cache_dtype(config, backend.dtype))
+    facts = replace(facts, kv_scales=kv_dtype.itemsize == 1)
     seqs = config.max_num_seqs or backend.max_num_seqs
     page = config.page_size or backend.page_size
     longest = _longest(config, facts)
@@ -122,7 +121,7 @@ def resolve(
         len(mesh.local_devices) if mesh and backend.shared_memory else 1
     )
     while True:
-        built = model or build(facts, longest, shards_of(sizes))
+        built = model or build(facts, longest, shards_of(sizes), stacked=backend.stacked)
         weights = param_bytes(built, dtype)
         dims = _dims(config, built, seqs, page, longest, budget)
         spent = weights + _state_bytes(dims) + _workspace_bytes(built, dims, dtype)
@@ -164,7 +163,21 @@ def resolve(
         mesh=mesh,
         steps=steps,
         several_rows=rows if steps > 1 else (),
+        mixed=backend.mixed,
+        chunks=backend.most_chunks or CHUNKS,
+        context_buckets=backend.context_buckets(dims.pages_per_slot),
     )
+
+
+def _axes(config: EngineConfig) -> dict[str, int]:
+    """The sizes of the mesh that is asked for."""
+    sizes = parse_mesh(config.mesh)
+    if unserved := [axis for axis in ("data", "stage") if sizes.get(axis, 1) > 1]:
+        raise ConfigError(
+            f"`mesh={config.mesh}` cuts `{unserved[0]}`, which no engine can do yet; "
+            "use `model` (and `expert` for a model with experts)"
+        )
+    return sizes
 
 
 def _rows(backend: Backend, seqs: int, weights: int) -> tuple[tuple[int, ...], int]:

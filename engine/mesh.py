@@ -24,6 +24,7 @@ from octavo.engine.config import ConfigError
 from octavo.engine.state import EngineState
 from octavo.models.registry import Model
 from octavo.models.shards import SPLIT, Shards, placed
+from octavo.models.tensors import Tensor, flat_shape
 
 AXES = ("data", *SPLIT)
 ROWS = PartitionSpec("data")  # what belongs to slots: plans, tables, results
@@ -52,15 +53,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where a model's arrays lie; the mesh may be None, which is jax's first device."""
+    """Where a model's arrays lie; the mesh may be None, which is one device."""
 
     mesh: Any
     model: Model
+    here: Any = None  # without a mesh: the device's sharding where programs must name it
+    # Backend.stack_format: how weights of stacked layers lie there
+    stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
+    put_here: Callable[[np.ndarray], Any] = jax.device_put  # Backend.put, without a mesh
 
     @cached_property
     def params(self) -> Any:
         """The tree of PartitionSpecs of the parameters."""
-        return jax.tree.map(lambda t: PartitionSpec(*placed(t.axes)), self.model.tensors)
+        return jax.tree.map(lambda t: PartitionSpec(*placed(t.axes, t.flat)), self.model.tensors)
 
     @cached_property
     def head(self) -> Any:
@@ -75,11 +80,9 @@ class Placement:
 
     def abstract(self, tree: Any, specs: Any) -> Any:
         """The ShapeDtypeStructs of `tree`, with the places of `specs` (a prefix of it)."""
-        if self.mesh is None:
-            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
         def part(spec: PartitionSpec, below: Any) -> Any:
-            place = NamedSharding(self.mesh, spec)
+            place = self._sharding(spec)
             return jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), below
             )
@@ -87,17 +90,42 @@ class Placement:
         leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
         return jax.tree.map(part, specs, tree, is_leaf=leaf)
 
+    def abstract_weights(self, params: Any) -> Any:
+        """The ShapeDtypeStructs of the parameters, in their places and formats."""
+
+        def leaf(t: Tensor, a: Any, spec: PartitionSpec) -> Any:
+            place = self._sharding(spec)
+            if t.axes.startswith("L ") and place is not None:
+                place = self.stack_format(len(a.shape), place)
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+
+        return jax.tree.map(leaf, self.model.tensors, params, self.params)
+
+    def _sharding(self, spec: PartitionSpec) -> Any:
+        return self.here if self.mesh is None else NamedSharding(self.mesh, spec)
+
     def put(self, array: np.ndarray) -> jax.Array:
         """Something that belongs to slots, with its leading data axis."""
         if self.mesh is None:
-            return jax.device_put(array)
+            return self.put_here(array)
         return self._put(array, ROWS)
 
-    def put_weight(self, array: np.ndarray, axes: str) -> jax.Array:
-        """A parameter: each device gets its part. `axes` as in models/tensors.py."""
+    def put_weight(self, array: np.ndarray, tensor: Tensor) -> jax.Array:
+        """A parameter: each device gets its part."""
         if self.mesh is None:
-            return jax.device_put(array)
-        return self._put(array, PartitionSpec(*placed(axes)))
+            return self.put_here(array.reshape(flat_shape(tensor, array.shape)))
+        cut = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes)))
+        if not tensor.flat:
+            return self._put(array, cut.spec)
+        # Each device's part is made flat by itself: gate and up of its columns side by side.
+        parts = [
+            jax.device_put(part.reshape(flat_shape(tensor, part.shape)), device)
+            for device, index in cut.addressable_devices_indices_map(array.shape).items()
+            for part in [array[index]]
+        ]
+        place = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes, tensor.flat)))
+        shape = flat_shape(tensor, array.shape)
+        return jax.make_array_from_single_device_arrays(shape, place, parts)
 
     def _put(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
         place = NamedSharding(self.mesh, spec)

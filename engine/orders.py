@@ -20,6 +20,7 @@ class Order(msgspec.Struct, tag=0, array_like=True, omit_defaults=True):
     sampling: int = NO_SAMPLING
     rows: int = 0  # R bucket
     tokens: int = 0  # T bucket
+    context: int = 0  # pages that attention looks at; 0 is all
     edit: bool = False  # before the forward pass
     empty: bool = False  # an empty state in place of this one, and nothing else
     scored: bool = False

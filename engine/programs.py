@@ -82,7 +82,7 @@ class Programs:
     folder: Path | None = None  # where they are kept between runs
     edit: Any = None
     empty: Any = None
-    forward: dict[tuple[int, int], Any] = field(default_factory=dict)
+    forward: dict[tuple[int, ...], Any] = field(default_factory=dict)  # by forward_key
     greedy: dict[int, Any] = field(default_factory=dict)
     sample: dict[int, Any] = field(default_factory=dict)
     masked: dict[int, Any] = field(default_factory=dict)
@@ -92,6 +92,13 @@ class Programs:
     # By name: seconds to trace, which one thread does, and seconds of a thread to compile.
     builds: dict[str, tuple[float, float]] = field(default_factory=dict)
     found: int = 0  # programs that were kept from an earlier run
+    made: dict[str, Any] = field(default_factory=dict)  # all of them by name
+    # A sharding of devices that are not here: what is compiled for them is kept, and not run.
+    elsewhere: Any = None
+
+    def contexts(self) -> tuple[int, ...]:
+        """The pages that each forward pass has a program for; 0 is all."""
+        return (*self.limits.context_buckets[:-1], 0)
 
     def shapes(self) -> list[tuple[int, int]]:
         """The (R, T) of every forward pass."""
@@ -107,14 +114,14 @@ class Programs:
     ) -> None:
         """Compile everything. params: arrays or ShapeDtypeStructs. `stop` ends it unfinished."""
         place = self.placement
-        empty = place.program(lambda: new_state(self.machine, init_kv), (), STATE)
-        state = place.abstract(jax.eval_shape(empty), STATE)
-        jobs = self._jobs(place.abstract(params, place.params), state, empty)
+        state = self.empty_state(init_kv)
+        jobs = self.jobs(params, init_kv)
         store = None
-        if self.folder is not None:
+        if self.folder is not None and self.machine.backend.compile is None:
             made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
+            devices = self.machine.backend.devices if self.elsewhere is not None else ()
             mesh = () if place.key is None else (place.key,)
-            store = Store(self.folder / "whole", *made_from, _shapes(state), *mesh)
+            store = Store(self.folder / "whole", *made_from, _shapes(state), *mesh, devices=devices)
         done = 0
         with WATCH.building(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
@@ -123,7 +130,8 @@ class Programs:
                 if stop is not None and stop.is_set():
                     threads.shutdown(cancel_futures=True)
                     raise CancelledError
-                if store is not None and store.has(job.name, job.details):
+                here = store is not None and self.elsewhere is None
+                if here and store.has(job.name, job.details):
                     futures.append((job, threads.submit(_timed, store.load, job.name, job.details)))
                 else:
                     futures.append((job, self._build(job, store, threads)))
@@ -136,6 +144,7 @@ class Programs:
                 self.found += job.name not in self.builds
                 self.builds[job.name] = (self.builds.get(job.name, (0.0, 0.0))[0], seconds)
                 job.place(program)
+                self.made[job.name] = program
                 done += 1
                 if progress is not None:
                     progress(job.name, done, len(jobs))
@@ -144,9 +153,14 @@ class Programs:
 
     def _build(self, job: "Job", store: Store | None, threads: ThreadPoolExecutor) -> Any:
         """Trace here, compile and keep there: a future of (program, seconds)."""
-        began = time.perf_counter()
-        lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.arguments)
         backend = self.machine.backend
+        if backend.compile is not None:
+            return threads.submit(_timed, backend.compile, job)
+        began = time.perf_counter()
+        # What has no argument would be compiled for the device that is here.
+        alone = self.elsewhere is not None and self.machine.mesh is None and not job.arguments
+        where = {"out_shardings": self.elsewhere} if alone else {}
+        lowered = jax.jit(job.function, donate_argnums=job.donate, **where).lower(*job.arguments)
         options = dict(backend.compiler_options(job.tokens))
         if backend.autotuning and store is not None:
             options[backend.autotuning] = str(store.subfolder("autotuning"))
@@ -163,16 +177,31 @@ class Programs:
     @cached_property
     def placement(self) -> Placement:
         """Where everything lies."""
-        return Placement(self.machine.mesh, self.machine.model)
+        backend, here = self.machine.backend, self.elsewhere
+        if here is None and backend.stacked:
+            here = jax.sharding.SingleDeviceSharding(backend.devices[0])
+        return Placement(
+            self.machine.mesh, self.machine.model, here, backend.stack_format, backend.put
+        )
 
     def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         """An abstract array that belongs to slots: one shard has `shape`."""
         data = 1 if self.machine.mesh is None else self.machine.mesh.shape["data"]
         return self.placement.abstract(jax.ShapeDtypeStruct((data, *shape), dtype), ROWS)
 
-    def _jobs(self, params: Any, state: Any, empty: Callable[[], Any]) -> list[Job]:
-        """Everything to compile, the slowest first."""
+    def _empty(self, init_kv: Callable[[], Any]) -> Callable[[], Any]:
+        """What makes an empty state."""
+        return self.placement.program(lambda: new_state(self.machine, init_kv), (), STATE)
+
+    def empty_state(self, init_kv: Callable[[], Any]) -> Any:
+        """Its arrays, abstract."""
+        return self.placement.abstract(jax.eval_shape(self._empty(init_kv)), STATE)
+
+    def jobs(self, params: Any, init_kv: Callable[[], Any]) -> list[Job]:
+        """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs."""
         machine, dims, place = self.machine, self.machine.dims, self.placement
+        params, state = place.abstract_weights(params), self.empty_state(init_kv)
+        empty = self._empty(init_kv)
         vector = self._rows(plan_size(dims))
         head = machine.model.head(params)
         edited = (state.slots, state.pages, vector)
@@ -189,11 +218,14 @@ class Programs:
         # The slowest first, so that they do not end up alone at the end.
         for rows, tokens in sorted(self.shapes(), reverse=True):
             ins: tuple[Any, ...] = (place.params, STATE, *([ROWS] if tokens else []))
-            function = place.program(_forward(machine, rows, tokens), ins, (STATE, ROWS, ROWS))
             arguments = (params, state, vector) if tokens else (params, state)
-            name = f"forward {rows} rows + {tokens} tokens"
-            where = self._put(self.forward, (rows, tokens))
-            jobs.append(Job(name, where, function, arguments, (1,), rows + tokens))
+            for pages in self.contexts():
+                forward = _forward(machine, rows, tokens, pages)
+                function = place.program(forward, ins, (STATE, ROWS, ROWS))
+                name = f"forward {rows} rows + {tokens} tokens"
+                name += f" of {pages} pages" if pages else ""
+                where = self._put(self.forward, forward_key(rows, tokens, pages))
+                jobs.append(Job(name, where, function, arguments, (1,), rows + tokens))
         for rows in self.limits.several_rows:
             for greedy in (True, False):
                 name = f"{'greedy' if greedy else 'plain'} steps of {rows} rows"
@@ -276,16 +308,8 @@ class Programs:
 
     def workspace(self) -> int:
         """The most temporary memory any program needs, in bytes."""
-        every = [
-            self.edit,
-            *self.forward.values(),
-            *self.greedy.values(),
-            *self.sample.values(),
-            *self.masked.values(),
-            *self.rich.values(),
-        ]
-        every += [*self.score.values(), *self.several.values()]
-        sizes = [p.memory_analysis() for p in every if p is not None]
+        programs = [p for name, p in self.made.items() if name != "empty"]
+        sizes = [p.memory_analysis() for p in programs if hasattr(p, "memory_analysis")]
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
 
 
@@ -307,10 +331,16 @@ def _edit(machine: step.Machine) -> Any:
     return edit
 
 
-def _forward(machine: step.Machine, rows: int, tokens: int) -> Any:
+def forward_key(rows: int, tokens: int, context: int = 0) -> tuple[int, ...]:
+    """Where `Programs.forward` has the program of R rows and T tokens; 0 pages are all."""
+    return (rows, tokens, context) if context else (rows, tokens)
+
+
+def _forward(machine: step.Machine, rows: int, tokens: int, context: int = 0) -> Any:
     def forward(params: Any, state: Any, vector: jax.Array | None = None) -> Any:
         plan = None if vector is None else vector[0]
-        out = step.forward(machine, params, one_shard(state), plan, rows=rows, tokens=tokens)
+        sizes = {"rows": rows, "tokens": tokens, "context": context}
+        out = step.forward(machine, params, one_shard(state), plan, **sizes)
         return as_shard(out)
 
     return forward

@@ -107,10 +107,13 @@ def copies(config: ModelConfig, shards: Shards) -> int:
     return whole(config, shards).K // config.K
 
 
-def placed(axes: str) -> tuple[tuple[str, ...] | str | None, ...]:
-    """The axes of the mesh that cut each dimension of a parameter; `axes` as in tensors.py."""
+def placed(axes: str, flat: int = 0) -> tuple[tuple[str, ...] | str | None, ...]:
+    """The axes of the mesh that cut each dimension of a parameter; both as in tensors.py."""
+    if flat:
+        cuts = placed(axes)
+        return (*cuts[:-flat], next((cut for cut in cuts[-flat:] if cut), None))
     words = axes.split()
-    if words[0] == "E" and "X" in words:  # the router: every shard chooses for every token
+    if "E" in words[:2] and words[-1] == "X":  # the router: every shard chooses for every token
         return (None,) * len(words)
     return tuple(_cut(word) for word in words)
 

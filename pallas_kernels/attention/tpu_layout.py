@@ -29,9 +29,14 @@ SUBLANES = 8
 
 @flax.struct.dataclass
 class TpuKV:
-    """One layer's pages."""
+    """One layer's pages; or those of all layers of a group, and which layer is meant."""
 
-    pages: jax.Array  # [P, tiles, S, W]
+    pages: jax.Array  # [P, tiles, S, W], or [L, P, tiles, S, W]
+    layer: jax.Array | None = None  # i32[] of the L; None with [P, tiles, S, W], and at rest
+
+    def at(self, layer: jax.Array) -> "TpuKV":
+        """The same pages, seen by one layer."""
+        return TpuKV(self.pages, layer)
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,27 @@ class Layout:
         return own.reshape(N, self.kv_heads * self.group, self.head_size)
 
 
+def divide(work: jax.Array, used: jax.Array, parts: int) -> jax.Array:
+    """Cut a list into runs of about the same work: i32[parts + 1], each run's first and the end.
+
+    work i32[n], 0 from item `used` i32[] on. An item is in the run where its middle lies.
+    """
+    upto = jnp.cumsum(work)
+    edges = 2 * upto[-1] * jnp.arange(parts, dtype=jnp.int32)[:, None]
+    behind = jnp.sum((2 * upto - work) * parts >= edges, axis=1)
+    begin = jnp.minimum(work.shape[0] - behind, used)
+    return jnp.append(begin, used).astype(jnp.int32)
+
+
 def init_kv(
-    pages: int, page_size: int, kv_heads: int, head_size: int, dtype: jax.typing.DTypeLike
+    pages: int,
+    page_size: int,
+    kv_heads: int,
+    head_size: int,
+    dtype: jax.typing.DTypeLike,
+    layers: int = 0,
 ) -> TpuKV:
-    """One layer's empty pages, the trash page included in `pages`."""
+    """Empty pages of one layer, or with `layers` of that many; `pages` includes the trash page."""
     layout = Layout(kv_heads, 1, head_size)
-    return TpuKV(jnp.zeros((pages, layout.tiles, page_size, layout.width), dtype))
+    page = (layout.tiles, page_size, layout.width)
+    return TpuKV(jnp.zeros((layers, pages, *page) if layers else (pages, *page), dtype))
