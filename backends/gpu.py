@@ -21,13 +21,13 @@ MANY = 128
 
 def backend(reason: str) -> Backend:
     """The record."""
-    device = jax.devices("gpu")[0]
+    device = jax.local_devices(backend="gpu")[0]
     hopper = str(getattr(device, "compute_capability", "")) == "9.0"
     free = _free_memory(device)
     return Backend(
         name="gpu",
         reason=reason,
-        devices=(device,),
+        devices=tuple(jax.devices("gpu")),
         attend=partial(attend, hopper=hopper),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
