@@ -10,9 +10,9 @@ import pytest
 
 from octavo.pallas_kernels.attention import cases, gpu, reference
 from octavo.pallas_kernels.attention.cases import Case
-from octavo.pallas_kernels.attention.gpu_decode import decode, plan_decode
+from octavo.pallas_kernels.attention.gpu_decode import DecodeTuning, decode, plan_decode
 from octavo.pallas_kernels.attention.gpu_hopper import longest_first, writes_through_references
-from octavo.pallas_kernels.attention.gpu_prefill import plan_prefill, prefill
+from octavo.pallas_kernels.attention.gpu_prefill import PrefillTuning, plan_prefill, prefill
 
 # float32: sums of up to 128 terms in another order. bfloat16: probabilities are rounded to 8 bits
 # before they meet the values, and the result is rounded once more.
@@ -59,11 +59,15 @@ def test_matches_the_definition(name: str, dtype: str) -> None:
     assert jnp.isfinite(got).all()
 
 
-@pytest.mark.parametrize("prefetch", [False, True])
-@pytest.mark.parametrize("target", [1, 4, 32])
-def test_any_number_of_parts_gives_the_same_rows(target: int, prefetch: bool) -> None:
+@pytest.mark.parametrize(
+    ("target", "tuned"),
+    [(1, {}), (4, {}), (32, {}), (4, {"prefetch": True}), (4, {"ids_ahead": True}),
+     (32, {"spread": True})],
+)  # fmt: skip
+def test_any_number_of_parts_gives_the_same_rows(target: int, tuned: dict[str, Any]) -> None:
     def split(*args: Any, **static: Any) -> Any:
-        return decode(*args, **static, tile=16, target=target, prefetch=prefetch, interpret=True)
+        how = DecodeTuning(tile=16, parts=target * 2, **tuned)
+        return decode(*args, **static, tuning=how, interpret=True)
 
     batch, got, want, *_ = run(CASES["decode"], "float32", split)
     assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
@@ -76,7 +80,7 @@ def test_small_blocks_meet_the_diagonal_and_the_windows_edge(window: int) -> Non
 
     def small(q: Any, k: Any, v: Any, cache: Any, batch: Any, **static: Any) -> Any:
         cache = reference.write(cache, k, v, batch.dest)
-        y = prefill(q, q, cache, batch, **static, block=16, tile=16, interpret=True)
+        y = prefill(q, q, cache, batch, **static, tuning=PrefillTuning(16, 16), interpret=True)
         return y, cache
 
     batch, got, want, *_ = run(case, "float32", small)
@@ -140,7 +144,7 @@ def test_lowers_for_cuda(heads: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("page_size", [16, 256])
 def test_lowers_for_hopper(page_size: int, heads: tuple[int, int, int], window: int) -> None:
     case = Case(rows=MIXED, chunks=CHUNKS, heads=heads, page_size=page_size, window=window)
-    assert "paged_prefill_hopper" in lowered(case, hopper=True)
+    assert "paged_prefill_hopper" in lowered(case, capability=gpu.H100)
 
 
 def test_says_why_it_refuses_a_head_size() -> None:
