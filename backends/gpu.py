@@ -23,13 +23,13 @@ MANY = 128
 def backend(reason: str) -> Backend:
     """The record."""
     device = jax.devices("gpu")[0]
-    hopper = str(getattr(device, "compute_capability", "")) == "9.0"
+    capability = capability_of(device)
     free = _free_memory(device)
     return Backend(
         name="gpu",
         reason=reason,
         devices=(device,),
-        attend=partial(attend, hopper=hopper),
+        attend=partial(attend, capability=capability),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
         linear=plain.linear,
@@ -48,7 +48,7 @@ def backend(reason: str) -> Backend:
         small_rows=(8, 64, 256),
         small_steps=4,
         memory_limit=free,
-        why_not=why_not,
+        why_not=partial(why_not, capability=capability),
     )
 
 
@@ -62,13 +62,22 @@ def attend(
     window: int,
     scale: float,
     softcap: float,
-    hopper: bool,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+    capability: gpu.Capability,
 ) -> tuple[jax.Array, KV]:
     """Our kernels where they take the step, plain XLA where they refuse it."""
     static: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap}
-    if gpu.why_not(q, cache, batch) is not None:
+    static |= {"sinks": sinks, "kv_scales": kv_scales}
+    if gpu.why_not(q, cache, batch, capability) is not None:
         return blockwise.attend(q, k, v, cache, batch, **static)
-    return gpu.attend(q, k, v, cache, batch, **static, hopper=hopper)
+    return gpu.attend(q, k, v, cache, batch, **static, capability=capability)
+
+
+def capability_of(device: jax.Device) -> gpu.Capability:
+    """Of a CUDA device, such as (9, 0); (0, 0) where it does not say."""
+    parts = str(getattr(device, "compute_capability", "0.0")).split(".")
+    return int(parts[0]), int(parts[1])
 
 
 def compiler_options(tokens: int) -> dict[str, bool | int | str]:
@@ -76,10 +85,15 @@ def compiler_options(tokens: int) -> dict[str, bool | int | str]:
     return {"xla_gpu_enable_triton_gemm": False} if tokens >= MANY else {}
 
 
-def why_not(config: Any) -> str | None:
+def why_not(config: Any, capability: gpu.Capability) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
     if more_than_one_device(config.mesh):
         return f"the gpu backend runs on one device, got `mesh={config.mesh}`; leave `mesh` empty"
+    if config.kv_cache_dtype == "fp8" and capability < gpu.FLOAT8:
+        return (
+            f"a GPU of compute capability {capability[0]}.{capability[1]} has no 8-bit floats, "
+            f"8.9 and later have, got `kv_cache_dtype=fp8`; use auto or int8"
+        )
     return None
 
 

@@ -9,6 +9,16 @@ from typing import Any, Protocol
 
 import jax
 
+# `kv_cache_dtype` by the names that people know, where numpy's is another.
+CACHE_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}
+
+
+def cache_dtype(config: Any, default: str) -> str:
+    """The dtype of cached keys and values; `default` where the config names none."""
+    if config.kv_cache_dtype != "auto":
+        return CACHE_DTYPES.get(config.kv_cache_dtype, str(config.kv_cache_dtype))
+    return default if config.dtype == "auto" else str(config.dtype)
+
 
 class BackendError(ValueError):
     """A device that cannot be used: which, why, and what to write instead."""
@@ -47,7 +57,8 @@ class Backend:
     devices: tuple[jax.Device, ...]  # what it computes on, the first one first
 
     # attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, batch: RaggedBatch, *, window, scale,
-    # softcap) -> ([N, H, D], cache): writes, then attends; `cache` is one entry of init_cache.
+    # softcap, sinks=None, kv_scales=None) -> ([N, H, D], cache): writes, then attends; `cache` is
+    # one entry of init_cache. pallas_kernels/attention/reference.py is the definition.
     attend: Callable[..., tuple[jax.Array, Any]]
     init_cache: InitCache
     # page_bytes(layers, page_size, kv_heads, head_size, dtype): one page in all of `layers` layers
@@ -55,8 +66,9 @@ class Backend:
 
     # These three are `models.ops.Ops` of the same names.
     linear: Callable[[jax.Array, Any], jax.Array]
-    grouped_linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
+    stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
 
     row_buckets: Callable[[int], tuple[int, ...]]  # of max_num_seqs, ascending, the last is it
     token_buckets: Callable[[int], tuple[int, ...]]  # of max_num_batched_tokens, likewise

@@ -1,6 +1,9 @@
 """How fast is attention on this NVIDIA GPU? Each kernel against float32, then timed.
 
-    python -m octavo.bench.gpu_attention [--only decode|prefill] [--json]
+    python -m octavo.bench.gpu_attention [--only decode|prefill] [--variants] [--json]
+
+With --variants every way to build the kernels that was thought of is timed beside the default, in
+turns, and pages of 8 bits too.
 
 Times are taken inside one loop on the device, each call fed by the one before, so that no dispatch
 is counted: the median of several loops. Bytes are those of the keys and values read; operations are
@@ -12,7 +15,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,13 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from octavo.backends.gpu import capability_of
 from octavo.pallas_kernels.attention import gpu
 from octavo.pallas_kernels.attention.batch import RaggedBatch
+from octavo.pallas_kernels.attention.gpu import Tuning
+from octavo.pallas_kernels.attention.gpu_decode import DecodeTuning
+from octavo.pallas_kernels.attention.gpu_hopper import HopperTuning
 from octavo.pallas_kernels.attention.reference import KV
 
 HEADS = (32, 8, 128)  # H, K, D: the Llama-3.1-8B shape
 PAGE_SIZES = (16, 64)
 SCALE = HEADS[2] ** -0.5
+INT8 = 4 / 127  # the scale of keys and values in 8-bit integers
 
 
 @dataclass(frozen=True)
@@ -59,13 +67,58 @@ PREFILL = (
     Shape("16 x 128 over 512", chunks=((512, 128),) * 16),
 )
 
+# By name: how the kernels are built, and what the pages hold.
+Variants = dict[str, tuple[Tuning, str]]
+BF16 = "bfloat16"
+
+
+def _decode(**how: Any) -> tuple[Tuning, str]:
+    return Tuning(decode=DecodeTuning(**how)), BF16
+
+
+DECODE_VARIANTS: Variants = {
+    "default": (Tuning(), BF16),
+    "ids ahead": _decode(ids_ahead=True),
+    "merge spread": _decode(spread=True),
+    "ids ahead, merge spread": _decode(ids_ahead=True, spread=True),
+    "tile 128, ids ahead": _decode(tile=128, ids_ahead=True),
+    "tile 32, ids ahead": _decode(tile=32, ids_ahead=True, spread=True),
+    "1,056 parts, spread": _decode(parts=1056, ids_ahead=True, spread=True),
+    "396 parts, spread": _decode(parts=396, ids_ahead=True, spread=True),
+    "tile 32, in registers": _decode(tile=32, prefetch=True, spread=True),
+    "fp8": (Tuning(), "float8_e4m3fn"),
+    "fp8, tile 128, ids ahead": (
+        Tuning(decode=DecodeTuning(tile=128, ids_ahead=True, spread=True)),
+        "float8_e4m3fn",
+    ),
+    "int8": (Tuning(), "int8"),
+}
+_BOTH = Tuning(hopper=HopperTuning(early=True, peeled=True))
+PREFILL_VARIANTS: Variants = {
+    "default": (Tuning(), BF16),
+    "early": (Tuning(hopper=HopperTuning(early=True)), BF16),
+    "peeled": (Tuning(hopper=HopperTuning(peeled=True)), BF16),
+    "written with rows": (Tuning(write_with_rows=True), BF16),
+    "early, peeled": (_BOTH, BF16),
+    "all three": (
+        Tuning(DecodeTuning(), HopperTuning(early=True, peeled=True), write_with_rows=True),
+        BF16,
+    ),
+    "fp8 by Triton": (Tuning(), "float8_e4m3fn"),
+}
+
 
 def _i32(values: Any) -> jax.Array:
     return jnp.asarray(values, jnp.int32)
 
 
-def make(shape: Shape, page_size: int, seed: int = 0) -> tuple[RaggedBatch, jax.Array, Any, KV]:
-    """A shuffled pool full of random numbers, and one step over it: batch, q, (k, v), cache."""
+def make(
+    shape: Shape, page_size: int, seed: int = 0, pages: str = BF16
+) -> tuple[RaggedBatch, jax.Array, Any, KV]:
+    """A shuffled pool full of random numbers, and one step over it: batch, q, (k, v), cache.
+
+    Pages of int8 are to be read with the scale INT8.
+    """
     H, K, D = HEADS
     S, rng = page_size, np.random.default_rng(seed)
     rows = [(n, 1) for n in shape.rows] or [(0, 0)] * len(shape.chunks)
@@ -104,7 +157,10 @@ def make(shape: Shape, page_size: int, seed: int = 0) -> tuple[RaggedBatch, jax.
     )
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), 5)  # compiles fast
     normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
-    cache = KV(k=normal(keys[0], (P, K, S, D)), v=normal(keys[1], (P, K, S, D)))
+    k, v = normal(keys[0], (P, K, S, D)), normal(keys[1], (P, K, S, D))
+    if pages == "int8":
+        k, v = (jnp.clip(jnp.round(x / INT8), -127, 127) for x in (k, v))
+    cache = KV(k=k.astype(pages), v=v.astype(pages))
     new = normal(keys[2], (R + T, K, D)), normal(keys[3], (R + T, K, D))
     return batch, normal(keys[4], (R + T, H, D)), new, cache
 
@@ -133,27 +189,27 @@ def seconds(step: Callable[[Any], Any], carry: Any, calls: int, loops: int = 5) 
     return float(np.median(taken))
 
 
-def work(shape: Shape) -> float:
+def work(shape: Shape, itemsize: int = 2) -> float:
     """Bytes of keys and values that a decode reads, or floating point operations of a prefill."""
     H, K, D = HEADS
     if shape.rows:
-        return 2 * 2 * K * D * sum(n + 1 for n in shape.rows)
+        return 2 * itemsize * K * D * sum(n + 1 for n in shape.rows)
     return 4 * H * D * sum(count * n + count * (count + 1) / 2 for n, count in shape.chunks)
 
 
-def error(shape: Shape, page_size: int, attend: Callable[..., Any]) -> float:
+def error(shape: Shape, page_size: int, attend: Callable[..., Any], pages: str = BF16) -> float:
     """Relative error against the definition in float32, over some 41 of the tokens.
 
     Pages are full of random numbers past each sequence's end too.
     """
-    batch, q, (k, v), cache = make(shape, page_size, seed=1)
+    batch, q, (k, v), cache = make(shape, page_size, 1, pages)
     y, after = jax.jit(attend)(q, k, v, cache, batch)
-    J = batch.table.shape[1] * page_size
+    J, unit = batch.table.shape[1] * page_size, INT8 if pages == "int8" else 1.0
 
     def one(token: jax.Array) -> jax.Array:
-        pages = batch.table[batch.slot[token]]
+        where = batch.table[batch.slot[token]]
         keys, values = (
-            x[pages].swapaxes(0, 1).reshape(HEADS[1], 1, J, HEADS[2]).astype(jnp.float32)
+            x[where].swapaxes(0, 1).reshape(HEADS[1], 1, J, HEADS[2]).astype(jnp.float32) * unit
             for x in (after.k, after.v)
         )
         grouped = q[token].reshape(HEADS[1], -1, 1, HEADS[2]).astype(jnp.float32)
@@ -168,16 +224,29 @@ def error(shape: Shape, page_size: int, attend: Callable[..., Any]) -> float:
     return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
 
-def measure(shape: Shape, page_size: int, attend: Callable[..., Any], calls: int) -> dict[str, Any]:
+def attention(tuning: Tuning, pages: str) -> Callable[..., Any]:
+    """The whole call, for this device."""
+    scales = {"kv_scales": jnp.full((2, HEADS[1]), INT8)} if pages == "int8" else {}
+    return functools.partial(
+        gpu.attend, window=0, scale=SCALE, softcap=0.0, **scales, tuning=tuning,
+        capability=capability_of(jax.devices()[0]),
+    )  # fmt: skip
+
+
+def measure(
+    shape: Shape, page_size: int, calls: int, tuning: Tuning = gpu.TUNING, pages: str = BF16
+) -> dict[str, Any]:
     """One line of the table."""
-    wrong = error(shape, page_size, attend)
-    batch, q, (k, v), cache = make(shape, page_size)
+    attend = attention(tuning, pages)
+    wrong = error(shape, page_size, attend, pages)
+    batch, q, (k, v), cache = make(shape, page_size, 0, pages)
 
     def step(carry: Any) -> Any:
         return attend(carry[0], k, v, carry[1], batch)
 
     taken = seconds(step, (q, cache), calls)
-    rate = work(shape) / taken / (1e9 if shape.rows else 1e12)
+    size = jnp.dtype(pages).itemsize
+    rate = work(shape, size) / taken / (1e9 if shape.rows else 1e12)
     unit = "GB/s" if shape.rows else "TFLOP/s"
     return dict(case=shape.name, page=page_size, us=taken * 1e6, rate=rate, unit=unit,
                 target=shape.target, error=wrong)  # fmt: skip
@@ -190,27 +259,45 @@ def line(x: dict[str, Any]) -> str:
     target = f"{x['target']:.0f}" if x["target"] else "-"
     return (
         f"{x['case']:<20}{x['page']:>5}{x['us']:>10.1f}{x['rate']:>8.0f} {x['unit']:<8}"
-        f"{target:>8}  {x['error']:.4f}"
+        f"{target:>8}  {x['error']:.4f}  {x.get('variant', '')}"
     )
+
+
+def compare(shapes: list[Shape], page_size: int, show: Callable[[dict[str, Any]], None]) -> None:
+    """Every variant on every shape that has a target; what cannot be built is named."""
+    for shape in shapes:
+        for name, (tuning, pages) in (DECODE_VARIANTS if shape.rows else PREFILL_VARIANTS).items():
+            if not shape.target:
+                continue
+            try:
+                found = measure(shape, page_size, 64 if shape.rows else 16, tuning, pages)
+                show(found | {"variant": name})
+            except Exception as failure:  # one that a compiler refuses must not end the table
+                print(f"{shape.name}, {name}: {str(failure).splitlines()[0][:120]}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("decode", "prefill"))
+    parser.add_argument("--variants", action="store_true", help="time every way to build them")
     parser.add_argument("--json", action="store_true", help="print one JSON document a line")
     options = parser.parse_args(arguments)
     device = jax.devices()[0]
-    hopper = getattr(device, "compute_capability", "") == "9.0"
-    attend = functools.partial(gpu.attend, window=0, scale=SCALE, softcap=0.0, hopper=hopper)
     shapes = [s for s in DECODE if options.only != "prefill"]
     shapes += [s for s in PREFILL if options.only != "decode"]
     if not options.json:
         print(f"# attention  {device.device_kind}  jax {jax.__version__}  {HEADS=}  bfloat16")
         print(HEADER)
+
+    def show(found: dict[str, Any]) -> None:
+        print(json.dumps(found) if options.json else line(found), flush=True)
+
+    if options.variants:
+        compare(shapes, PAGE_SIZES[-1], show)
+        return
     for shape in shapes:
         for page_size in PAGE_SIZES:
-            found = measure(shape, page_size, attend, calls=64 if shape.rows else 16)
-            print(json.dumps(found) if options.json else line(found), flush=True)
+            show(measure(shape, page_size, 64 if shape.rows else 16))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from octavo.backends.record import Backend
+from octavo.backends.record import CACHE_DTYPES, Backend
 from octavo.backends.select import select
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.grammar.vocabulary import Vocabulary
@@ -93,6 +93,7 @@ def load_weights(
     """Every parameter of `model`, in its place."""
     if config.load_format == "dummy":
         return random_params(model, config.seed, dtype)
+    _check_scales(config, checkpoint)
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
@@ -111,6 +112,21 @@ def load_weights(
         put=put,
         progress=report,
     )
+
+
+def _check_scales(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """An int8 cache is of no use without scales; one of 8-bit floats has a range of its own."""
+    kind = config.kv_cache_dtype
+    if checkpoint.format == "orbax" and kind in CACHE_DTYPES:
+        raise ConfigError(
+            f"`kv_cache_dtype={kind}`: a folder saved in its final layout keeps no scales of keys "
+            "and values; load the original checkpoint"
+        )
+    if kind == "int8" and not any(name.endswith(".k_scale") for name in checkpoint.names()):
+        raise ConfigError(
+            "`kv_cache_dtype=int8` needs tensors `k_scale` and `v_scale` in every layer, and the "
+            "checkpoint has none; use fp8, or a checkpoint calibrated for a cache of 8 bits"
+        )
 
 
 def put(array: np.ndarray) -> jax.Array:

@@ -60,8 +60,9 @@ class EngineConfig:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "of cached keys and values; auto is dtype",
-        ("auto", "float32", "bfloat16", "float16"),
+        "of cached keys and values; auto is dtype; fp8 and int8 take the checkpoint's k_scale and "
+        "v_scale, which int8 needs",
+        ("auto", "float32", "bfloat16", "float16", "fp8", "int8"),
     )
     max_model_len: int | str = option(
         "auto", "longest sequence, prompt and output; auto takes the longest that fits"

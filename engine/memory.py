@@ -4,12 +4,12 @@
 refuses with the numbers and the settings that would make it fit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 
-from octavo.backends.record import Backend
+from octavo.backends.record import Backend, cache_dtype
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.plan import plan_size
 from octavo.engine.state import BIAS, Dims, PageGroup
@@ -102,7 +102,8 @@ def resolve(
     if why := backend.why_not(config):
         raise ConfigError(why)
     dtype = jnp.dtype(backend.dtype if config.dtype == "auto" else config.dtype)
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
+    kv_dtype = jnp.dtype(cache_dtype(config, backend.dtype))
+    facts = replace(facts, kv_scales=kv_dtype.itemsize == 1)
     seqs = config.max_num_seqs or backend.max_num_seqs
     page = config.page_size or backend.page_size
     longest = _longest(config, facts)
@@ -111,7 +112,7 @@ def resolve(
     budget = min(budget, whole * (1 if config.max_num_batched_tokens else min(seqs, PROMPTS)))
     limit = backend.memory_limit()
     while True:
-        built = model or build(facts, longest)
+        built = model or build(facts, longest, stacked=backend.stacked)
         weights = param_bytes(built, dtype)
         dims = _dims(config, built, seqs, page, longest, budget)
         spent = weights + _state_bytes(dims) + _workspace_bytes(built, dims, dtype)

@@ -61,7 +61,7 @@ def _ops(machine: Machine, batches: tuple[RaggedBatch, ...]) -> Ops:
     backend = machine.backend
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, spec: AttentionSpec
+        q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, spec: AttentionSpec, **extra: Any
     ) -> tuple[jax.Array, Any]:
         return backend.attend(
             q,
@@ -72,6 +72,7 @@ def _ops(machine: Machine, batches: tuple[RaggedBatch, ...]) -> Ops:
             window=spec.layer.window,
             scale=spec.scale,
             softcap=spec.softcap,
+            **extra,
         )
 
     return Ops(

@@ -4,7 +4,7 @@ tokens i32[N] -> embed -> L x block -> norm -> hidden [N, E] -> head -> logits f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from octavo.models import tensors
 from octavo.models.config import ModelConfig
-from octavo.models.ops import AttentionSpec, LayerSpec, Linear, Ops
+from octavo.models.ops import AttentionSpec, LayerSpec, Linear, Ops, Stacks
 from octavo.models.rope import Rope, rotate
 
 Turn = tuple[jax.Array, jax.Array]  # cos and sin, each f32[N, 1, D'/2]
@@ -24,7 +24,7 @@ class Decoder:
     """The parameters of every family; only the layers differ."""
 
     embed: jax.Array  # [V, E] rows are gathered; as a head it is as fast as [E, V]
-    layers: tuple[Any, ...]  # one tree per layer
+    layers: tuple[Any, ...] | Stacks  # one tree per layer
     norm: jax.Array  # [E]
     head: jax.Array | None  # [V, E]; None: the embedding serves; of a classifier [C, E]
 
@@ -35,6 +35,8 @@ class Attention:
     out: Linear  # [H * D, E]
     q_norm: jax.Array | None = None  # [D]
     k_norm: jax.Array | None = None  # [D]
+    sinks: jax.Array | None = None  # f32[H] a logit without a value
+    kv_scales: jax.Array | None = None  # f32[2, K] of the cache's keys and values
 
 
 @flax.struct.dataclass
@@ -46,8 +48,14 @@ class Mlp:
 @flax.struct.dataclass
 class Experts:
     router: Linear  # [E, X]
-    gate_up: jax.Array  # [X, E, 2, f]
-    down: jax.Array  # [X, f, E]
+    gate_up: jax.Array  # [X, E, 2, f], or with `layer` [L, X, E, 2, f]
+    down: jax.Array  # [X, f, E], or with `layer` [L, X, f, E]
+    # i32[] of the L. A layer's experts are never cut out of their stack: a step reads few of them.
+    layer: jax.Array | None = None
+
+    def at(self, layer: jax.Array, take: Callable[[jax.Array], jax.Array]) -> "Experts":
+        """One layer of stacked weights; `take` cuts it out of an array."""
+        return replace(self, router=jax.tree.map(take, self.router), layer=layer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +107,9 @@ def attention(
         k = rms_norm(k, w.k_norm, config.eps, offset)
     q, k = rotate(q, turn), rotate(k, turn)
     call = AttentionSpec(spec, scale=config.query_scale, softcap=config.attention_softcap)
-    y, kv = ops.attend(q, k, v, kv, call)
+    extra = {"sinks": w.sinks, "kv_scales": w.kv_scales}
+    extra = {name: given for name, given in extra.items() if given is not None}
+    y, kv = ops.attend(q, k, v, kv, call, **extra)
     return ops.linear(y.reshape(-1, config.H * config.D), w.out), kv
 
 
@@ -128,11 +138,20 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     order = jnp.argsort(expert.reshape(-1))  # stable: sorted pair -> pair
     sizes = jnp.sum(expert.reshape(-1, 1) == jnp.arange(config.X), axis=0, dtype=jnp.int32)
     f = config.expert_F
-    both = ops.grouped_linear(x[order // k], w.gate_up.reshape(config.X, -1, 2 * f), sizes)
-    inner = ACTIVATIONS[config.activation](both[:, :f]) * both[:, f:]
-    y = ops.grouped_linear(inner, w.down, sizes)  # [N * k, E], by expert
+    if w.layer is None:
+        first, gate_up, down = (), w.gate_up.reshape(config.X, -1, 2 * f), w.down
+    else:  # the experts of all layers, one behind another
+        first, gate_up, down = (w.layer * config.X,), _flat(w.gate_up), _flat(w.down)
+    both = ops.grouped_linear(x[order // k], gate_up, sizes, *first).reshape(-1, 2, f)
+    inner = ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1]
+    y = ops.grouped_linear(inner, down, sizes, *first)  # [N * k, E], by expert
     y = y[jnp.argsort(order)].reshape(N, k, -1).astype(jnp.float32)  # by token
     return jnp.sum(y * share[:, :, None], axis=1).astype(x.dtype)
+
+
+def _flat(stack: jax.Array) -> jax.Array:
+    """[L, X, ...] -> [L * X, ...]."""
+    return stack.reshape(-1, *stack.shape[2:])
 
 
 def logits(config: ModelConfig, params: Decoder, hidden: jax.Array, ops: Ops) -> jax.Array:
@@ -153,6 +172,7 @@ def attention_tensors(config: ModelConfig, at: str, qk_norm: str = "") -> Attent
         out=tensors.linear("HD E", f"{at}o_proj", config.out_bias),
         q_norm=tensors.tensor("D", f"{at}q_norm.weight", init=qk_norm) if qk_norm else None,
         k_norm=tensors.tensor("D", f"{at}k_norm.weight", init=qk_norm) if qk_norm else None,
+        kv_scales=tensors.kv_scales(at) if config.kv_scales else None,
     )
 
 

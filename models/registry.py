@@ -14,9 +14,9 @@ import jax
 from octavo.models import bert, gemma3, layers, llama, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from octavo.models.config import ModelConfig
 from octavo.models.layers import Decoder, Fixed
-from octavo.models.ops import LayerSpec
+from octavo.models.ops import LayerSpec, Stacks
 from octavo.models.rope import make_rope
-from octavo.models.tensors import Tensor, shape
+from octavo.models.tensors import Tensor, shape, stack
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,30 @@ class Model:
     period: int  # layers i and i + period have the same specs and the same parameter tree
     tensors: Any  # the parameter tree with a Tensor for every array
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The letters of weight shapes; L are the layers of a stack."""
+        return self.config.sizes | {"L": len(self.layer_specs) // self.period}
+
     def head(self, params: Any) -> Any:
         """The part of the parameters that `logits` reads."""
         return replace(params, layers=()) if isinstance(params, Decoder) else params
 
     def abstract_params(self, dtype: Any) -> Any:
         """The parameter tree with a ShapeDtypeStruct for every array."""
-        sizes = self.config.sizes
+        sizes = self.sizes
 
         def leaf(t: Tensor) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape(t.axes, sizes), dtype)
+            return jax.ShapeDtypeStruct(shape(t.axes, sizes), t.dtype or dtype)
 
         return jax.tree.map(leaf, self.tensors)
 
 
-def build(config: ModelConfig, max_model_len: int) -> Model:
-    """The model for sequences of up to `max_model_len` tokens, prompt and output."""
+def build(config: ModelConfig, max_model_len: int, *, stacked: bool = False) -> Model:
+    """The model for sequences of up to `max_model_len` tokens, prompt and output.
+
+    stacked: its layers are `Stacks`, for a backend that runs them in a loop.
+    """
     family = FAMILIES[config.family]
     specs = layer_specs(config.windows, max_model_len)
     local = config.local_rope
@@ -79,6 +87,9 @@ def build(config: ModelConfig, max_model_len: int) -> Model:
         local_rope=make_rope(local, config.D, config.max_len, max_model_len) if local else None,
     )
     tree = family.tensors(config)
+    period = _period(specs, tree.layers)
+    if stacked:
+        tree = replace(tree, layers=_stacks(tree.layers, period))
     return Model(
         config=config,
         max_model_len=max_model_len,
@@ -86,7 +97,7 @@ def build(config: ModelConfig, max_model_len: int) -> Model:
         logits=partial(family.logits, config),
         layer_specs=specs,
         attention=(config.H, config.K, config.D),
-        period=_period(specs, tree.layers),
+        period=period,
         tensors=tree,
     )
 
@@ -99,6 +110,15 @@ def layer_specs(windows: tuple[int, ...], max_model_len: int) -> tuple[LayerSpec
     windows = tuple(w if w < max_model_len else 0 for w in windows)
     group = 1 if 0 in windows else 0
     return tuple(LayerSpec(group=group if w else 0, window=w) for w in windows)
+
+
+def _stacks(layers: tuple[Any, ...], period: int) -> Stacks:
+    """Trees of Tensors, one per layer, as stacks of whole periods and what is left."""
+    whole = len(layers) // period * period
+    periods = tuple(
+        jax.tree.map(lambda *same: stack(same), *layers[at:whole:period]) for at in range(period)
+    )
+    return Stacks(periods, layers[whole:])
 
 
 def _period(specs: tuple[LayerSpec, ...], trees: tuple[Any, ...]) -> int:

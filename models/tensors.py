@@ -6,12 +6,13 @@ weights, abstract shapes and, by its axes, sharding.
 Axes are words of letters, one word per dimension: "E K J D" is four dimensions, "HD E" two. A digit
 is itself. The letters (ModelConfig.sizes): V E H K D F X as everywhere, f the width of one expert,
 G = H/K query heads per key-value head, J = G + 2: a key-value head's queries, its key, its value.
+A leading L is a stack of layers (Model.sizes), whose pieces begin with the layer in `into`.
 Of encoders and classifiers: P positions, Y token types, C labels, e a second E.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class Piece:
     into: Index = ()  # part of the parameter; () is all of it
     whole: str = ""  # axes of the stored tensor, where the piece is only some of its rows
     after: str = ""  # axes of the rows before the piece, word by word
+    default: float | None = None  # where the checkpoint lacks it; one number then stands for all
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,25 @@ class Tensor:
     axes: str
     pieces: tuple[Piece, ...]
     init: str = "normal"  # random weights: normal, ones or zeros
+    dtype: str = ""  # of its own, whatever the others have
+
+
+def stack(layers: Sequence[Tensor]) -> Tensor:
+    """The same parameter of several layers, as one."""
+    pieces = (
+        replace(piece, into=(i, *piece.into)) for i, t in enumerate(layers) for piece in t.pieces
+    )
+    return Tensor(f"L {layers[0].axes}", tuple(pieces), layers[0].init, layers[0].dtype)
+
+
+def unstack(t: Tensor) -> tuple[Tensor, ...]:
+    """What `stack` was made of; a parameter of no stack is itself."""
+    if not t.axes.startswith("L "):
+        return (t,)
+    layers: dict[int | slice, list[Piece]] = {}
+    for piece in t.pieces:
+        layers.setdefault(piece.into[0], []).append(replace(piece, into=piece.into[1:]))
+    return tuple(Tensor(t.axes[2:], tuple(pieces), t.init, t.dtype) for pieces in layers.values())
 
 
 def size(word: str, sizes: Mapping[str, int]) -> int:
@@ -89,6 +110,13 @@ def tensor(axes: str, *pieces: Piece | str, init: str = "normal") -> Any:
     """A leaf; a bare name is a checkpoint tensor with our axes. (Any: it stands for an array.)"""
     made = tuple(Piece(p, axes) if isinstance(p, str) else p for p in pieces)
     return Tensor(axes, made, init)
+
+
+def kv_scales(at: str) -> Any:
+    """What an 8-bit cache's keys and values were divided by, one number a layer or one a head."""
+    names = (f"{at}k_scale", f"{at}v_scale")
+    pieces = tuple(Piece(name, "K", (i,), default=1.0) for i, name in enumerate(names))
+    return Tensor("2 K", pieces, "ones", "float32")
 
 
 def qkv(config: ModelConfig, at: str) -> Linear:

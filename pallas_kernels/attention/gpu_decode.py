@@ -11,9 +11,10 @@ bits, with a scale per key-value head; a sink joins the softmax of the part with
     row 2  (idle: no part)                         sum(tokens) / target each, or finer where rows
     row 3  |=======|n                              differ, so that all finish together
 
-One program per (part, key-value head): the G query heads that share it are padded to 16 or more rows
-of one matrix product. A row of one part writes its result; a row of several leaves (accumulator, maximum,
-sum) per part, which a second small kernel merges; that kernel also clears idle rows.
+One program per (part, key-value head): the G query heads that share it are padded to the 16 rows or
+more of one matrix product. A row of one part writes its result; a row of several leaves
+(accumulator, maximum, sum) per part, which a second small kernel merges; that kernel also clears
+idle rows.
 
 Registers per program: 2 * tile * D of keys and values, rows * D float32 of accumulator.
 """
@@ -36,7 +37,6 @@ from octavo.pallas_kernels.attention.reference import KV
 
 LOG2E = 1.4426950408889634
 NOTHING = -1e30  # a maximum over no logits; finite, so that differences never make NaN
-ROUNDER = 1.5 * 2.0**23  # added and taken away again, it rounds a float32 to the nearest integer
 ROWS = 16  # the smallest M of a tensor core product
 MOST_HEADS = 64  # query heads of one key-value head: more rows than that spill
 FINER = 4  # times the parts, where rows differ much
@@ -132,12 +132,18 @@ def kept(x, scale, dtype):
     if scale is not None:
         x = x / scale
     if jnp.issubdtype(dtype, jnp.integer):
-        x = jnp.clip(x, -127, 127)
-        return ((x + ROUNDER) - ROUNDER).astype(dtype)
+        return _nearest(jnp.clip(x, -127, 127)).astype(dtype)
     if dtype.itemsize == 1:
         most = float(jnp.finfo(dtype).max)
         x = jnp.clip(x, -most, most)
     return x.astype(dtype)
+
+
+def _nearest(x):
+    """jnp.round, which Triton's lowering has not: halves go to even."""
+    below = jnp.floor(x)
+    over, odd = x - below, below - 2 * jnp.floor(below / 2)
+    return below + ((over > 0.5) | ((over == 0.5) & (odd == 1))).astype(x.dtype)
 
 
 def _round_up(x, multiple: int):

@@ -479,9 +479,7 @@ def _supply(c: _Static, m: _Shared, load, turns, refs):
         done, loaded, places = carry
         walk, next_loaded = _walk(c, loaded), load(turn + 1)
         count = tiles(turn, walk)
-        places = _fetch(
-            c, m, walk, _walk(c, next_loaded), turn, done, count, places, refs
-        )
+        places = _fetch(c, m, walk, _walk(c, next_loaded), turn, done, count, places, refs)
         return done + count, next_loaded, places
 
     end = turns if c.peeled else turns + 1

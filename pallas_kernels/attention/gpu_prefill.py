@@ -48,7 +48,12 @@ class PrefillTuning:
 
 
 PREFILL = PrefillTuning()
-SMALLER = (PREFILL, PrefillTuning(stages=1), PrefillTuning(64, 32, 4, 2), PrefillTuning(64, 32, 4, 1))
+SMALLER = (
+    PREFILL,
+    PrefillTuning(stages=1),
+    PrefillTuning(64, 32, 4, 2),
+    PrefillTuning(64, 32, 4, 1),
+)
 
 
 def prefill_tuning(D: int, itemsize: int, kept: int, most: int) -> PrefillTuning:

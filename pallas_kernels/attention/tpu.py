@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from octavo.pallas_kernels.attention.batch import RaggedBatch
+from octavo.pallas_kernels.attention.reference import stored
 from octavo.pallas_kernels.attention.tpu_decode import decode
 from octavo.pallas_kernels.attention.tpu_layout import SUBLANES, Layout, TpuKV, init_kv
 from octavo.pallas_kernels.attention.tpu_prefill import prefill
@@ -37,8 +38,15 @@ def page_bytes(
     return layers * layout.tiles * page_size * layout.width * jnp.dtype(dtype).itemsize
 
 
-def why_not(q: jax.Array, cache: TpuKV, batch: RaggedBatch) -> str | None:
+def why_not(
+    q: jax.Array,
+    cache: TpuKV,
+    batch: RaggedBatch,
+    sinks: jax.Array | None = None,
+) -> str | None:
     """The reason these kernels refuse a step, or None if they take it."""
+    if sinks is not None:
+        return "these kernels know no sinks"
     S, dtype = batch.page_size, cache.pages.dtype
     if batch.tokens_per_row != 1:
         return f"rows bring one token each, got {batch.tokens_per_row}"
@@ -63,6 +71,8 @@ def attend(
     window: int,
     scale: float,
     softcap: float,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
     chunk: int = 0,
     interpret: Any = False,
 ) -> tuple[jax.Array, TpuKV]:
@@ -71,17 +81,28 @@ def attend(
     Raises ValueError for a step that `why_not` refuses. `chunk` replaces the tokens that decode
     attends to at once (tests).
     """
-    if refusal := why_not(q, cache, batch):
+    if refusal := why_not(q, cache, batch, sinks):
         raise ValueError(f"attention on a TPU cannot take this step: {refusal}")
     R, H, K = batch.table.shape[0], q.shape[1], k.shape[1]
+    kind, small = q.dtype, cache.pages.dtype
+    if kv_scales is None:
+        k, v = stored(k, None, small), stored(v, None, small)
+    else:  # a key's scale is as good on the queries, a value's on the results
+        k, v = stored(k, kv_scales[0], small), stored(v, kv_scales[1], small)
+        each = jnp.repeat(kv_scales, H // K, axis=1)[:, :, None]
+        q = q.astype(jnp.float32) * each[0]
     layout = Layout(K, H // K, q.shape[2])
     static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
     static |= dict(layout=layout, interpret=interpret)
+    alone = cache.layer is None
+    pages = cache.pages[None] if alone else cache.pages
+    layer = jnp.int32(0) if cache.layer is None else cache.layer
     y, pages = decode(
         q[:R],
         k[:R],
         v[:R],
-        cache.pages,
+        pages,
+        layer,
         batch.table,
         batch.row_start + batch.row_count,
         batch.row_count > 0,
@@ -90,6 +111,8 @@ def attend(
         **static,
     )
     if q.shape[0] > R:
-        pages = write(k[R:], v[R:], pages, batch, layout=layout, interpret=interpret)
-        y = jnp.concatenate([y, prefill(q[R:], pages, batch, **static)])
-    return y, TpuKV(pages)
+        pages = write(k[R:], v[R:], pages, layer, batch, layout=layout, interpret=interpret)
+        y = jnp.concatenate([y, prefill(q[R:], pages, layer, batch, **static)])
+    if kv_scales is not None:
+        y = (y * each[1]).astype(kind)
+    return y, TpuKV(pages[0]) if alone else TpuKV(pages, layer)

@@ -12,7 +12,13 @@ from octavo.pallas_kernels.attention import cases, gpu, reference
 from octavo.pallas_kernels.attention.cases import Case
 from octavo.pallas_kernels.attention.gpu_decode import DecodeTuning, decode, plan_decode
 from octavo.pallas_kernels.attention.gpu_hopper import longest_first, writes_through_references
-from octavo.pallas_kernels.attention.gpu_prefill import PrefillTuning, plan_prefill, prefill
+from octavo.pallas_kernels.attention.gpu_prefill import (
+    PREFILL,
+    PrefillTuning,
+    plan_prefill,
+    prefill,
+    prefill_tuning,
+)
 
 # float32: sums of up to 128 terms in another order. bfloat16: probabilities are rounded to 8 bits
 # before they meet the values, and the result is rounded once more.
@@ -34,10 +40,14 @@ CASES = {
 }
 
 
-def run(case: Case, dtype: str, attend: Callable[..., Any]) -> tuple[Any, ...]:
+def run(
+    case: Case, dtype: str, attend: Callable[..., Any], cache_dtype: str = ""
+) -> tuple[Any, ...]:
     """attend's result and the definition's, with garbage where no token was ever written."""
-    q, k, v, cache, batch = cases.inputs(case, dtype=dtype)
-    static = dict(window=case.window, scale=q.shape[-1] ** -0.5, softcap=case.softcap)
+    q, k, v, cache, batch = cases.inputs(case, dtype=dtype, cache_dtype=cache_dtype)
+    static: dict[str, Any] = dict(
+        window=case.window, scale=q.shape[-1] ** -0.5, softcap=case.softcap, **cases.extras(case)
+    )
     got, pages = attend(q, k, v, cache, batch, **static)
     want, pages_wanted = reference.attend(q, k, v, cache, batch, **static)
     return batch, got, want, pages, pages_wanted
@@ -57,6 +67,29 @@ def test_matches_the_definition(name: str, dtype: str) -> None:
     assert jnp.array_equal(pages.k[1:], pages_wanted.k[1:])
     assert jnp.array_equal(pages.v[1:], pages_wanted.v[1:])
     assert jnp.isfinite(got).all()
+
+
+@pytest.mark.parametrize("cache_dtype", ["", "float8_e4m3fn", "int8"])
+def test_sinks_and_pages_of_eight_bits_match_the_definition(cache_dtype: str) -> None:
+    scaled = bool(cache_dtype)
+    case = Case(rows=MIXED, chunks=CHUNKS, heads=(8, 2, 64), window=50, sinks=True, scaled=scaled)
+    interpreted = functools.partial(gpu.attend, interpret=True, capability=gpu.FLOAT8)
+    batch, got, want, pages, wanted = run(case, "float32", interpreted, cache_dtype)
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
+    assert jnp.array_equal(pages.k[1:], wanted.k[1:]) and jnp.array_equal(pages.v[1:], wanted.v[1:])
+
+
+def test_many_query_heads_share_one_key_value_head() -> None:
+    case = Case(rows=ROWS, heads=(40, 1, 32), sinks=True)
+    batch, got, want, *_ = run(case, "float32", functools.partial(gpu.attend, interpret=True))
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
+
+
+def test_programs_of_the_decode_kernel_can_store_the_chunks_tokens() -> None:
+    attend = functools.partial(gpu.attend, interpret=True, tuning=gpu.Tuning(write_with_rows=True))
+    batch, got, want, pages, wanted = run(CASES["mixed"], "float32", attend)
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
+    assert jnp.array_equal(pages.k[1:], wanted.k[1:]) and jnp.array_equal(pages.v[1:], wanted.v[1:])
 
 
 @pytest.mark.parametrize(
@@ -150,3 +183,19 @@ def test_lowers_for_hopper(page_size: int, heads: tuple[int, int, int], window: 
 def test_says_why_it_refuses_a_head_size() -> None:
     q, _, _, cache, batch = cases.inputs(Case(rows=ROWS, heads=(4, 2, 96)))
     assert gpu.why_not(q, cache, batch) == "D=96 is not a power of two between 32 and 256"
+
+
+def test_says_why_it_refuses_a_card() -> None:
+    q, _, _, cache, batch = cases.inputs(Case(rows=ROWS), cache_dtype="float8_e4m3fn")
+    old, older = (
+        gpu.why_not(q, cache, batch, capability=capability) for capability in ((8, 6), (7, 5))
+    )
+    assert old == "compute capability 8.6 cannot read float8_e4m3fn pages; 8.9 can"
+    assert older == "compute capability 7.5 is older than 8.0"
+
+
+def test_blocks_of_queries_fit_the_shared_memory_of_smaller_cards() -> None:
+    for D, itemsize, kept in ((64, 2, 2), (128, 2, 1), (128, 2, 2), (256, 2, 2), (128, 4, 4)):
+        tuning = prefill_tuning(D, itemsize, kept, gpu.LEAST_SHARED)
+        assert tuning.shared(D, itemsize, kept) <= gpu.LEAST_SHARED
+    assert prefill_tuning(128, 2, 2, gpu.SHARED[gpu.H100]) == PREFILL
