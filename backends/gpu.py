@@ -8,6 +8,7 @@ import jax
 
 from octavo.backends import plain
 from octavo.backends.cpu import more_than_one_device
+from octavo.backends.gpu_choices import Choices
 from octavo.backends.record import Backend
 from octavo.pallas_kernels.attention import blockwise, gpu
 from octavo.pallas_kernels.attention.batch import RaggedBatch
@@ -16,11 +17,10 @@ from octavo.pallas_kernels.attention.reference import KV
 ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 GB = 10**9
-# Tokens from which XLA's own matrix products are behind cuBLAS's, and cost longer to compile.
-MANY = 128
+CHOICES = Choices()
 
 
-def backend(reason: str) -> Backend:
+def backend(reason: str, choices: Choices = CHOICES) -> Backend:
     """The record."""
     device = jax.devices("gpu")[0]
     capability = capability_of(device)
@@ -29,7 +29,7 @@ def backend(reason: str) -> Backend:
         name="gpu",
         reason=reason,
         devices=(device,),
-        attend=partial(attend, capability=capability),
+        attend=partial(attend, capability=capability, tuning=choices.tuning),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
         linear=plain.linear,
@@ -41,7 +41,7 @@ def backend(reason: str) -> Backend:
         max_num_batched_tokens=8192 if free() > 40 * GB else 2048,
         page_size=64,
         dtype="bfloat16",
-        compiler_options=compiler_options,
+        compiler_options=partial(compiler_options, choices),
         # A dispatch costs the host 1.5 to 2.5 ms; 4 GB are read in 1.3.
         small_model=4 * GB,
         autotuning="xla_gpu_per_fusion_autotune_cache_dir",
@@ -65,13 +65,14 @@ def attend(
     sinks: jax.Array | None = None,
     kv_scales: jax.Array | None = None,
     capability: gpu.Capability,
+    tuning: gpu.Tuning = gpu.TUNING,
 ) -> tuple[jax.Array, KV]:
     """Our kernels where they take the step, plain XLA where they refuse it."""
     static: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap}
     static |= {"sinks": sinks, "kv_scales": kv_scales}
     if gpu.why_not(q, cache, batch, capability) is not None:
         return blockwise.attend(q, k, v, cache, batch, **static)
-    return gpu.attend(q, k, v, cache, batch, **static, capability=capability)
+    return gpu.attend(q, k, v, cache, batch, **static, capability=capability, tuning=tuning)
 
 
 def capability_of(device: jax.Device) -> gpu.Capability:
@@ -80,9 +81,10 @@ def capability_of(device: jax.Device) -> gpu.Capability:
     return int(parts[0]), int(parts[1])
 
 
-def compiler_options(tokens: int) -> dict[str, bool | int | str]:
+def compiler_options(choices: Choices, tokens: int) -> dict[str, bool | int | str]:
     """XLA's options for a program that runs `tokens` tokens."""
-    return {"xla_gpu_enable_triton_gemm": False} if tokens >= MANY else {}
+    cublas = {"xla_gpu_enable_triton_gemm": False} if tokens >= choices.cublas_from else {}
+    return {**cublas, **dict(choices.xla)}
 
 
 def why_not(config: Any, capability: gpu.Capability) -> str | None:

@@ -29,7 +29,7 @@ def identity() -> tuple[object, ...]:
         len(jax.devices()),
         _processor() if device.platform == "cpu" else "",
         [(name, str(jax.config.values.get(name))) for name in SETTINGS],
-        [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "OCTAVO_GPU")],
     )
 
 
