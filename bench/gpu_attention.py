@@ -13,8 +13,10 @@ those of the logits and values under the diagonal.
 import argparse
 import functools
 import json
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,8 +167,8 @@ def make(
     return batch, normal(keys[4], (R + T, H, D)), new, cache
 
 
-def seconds(step: Callable[[Any], Any], carry: Any, calls: int, loops: int = 5) -> float:
-    """Median seconds of one step, `calls` of them in one loop on the device.
+def repeated(step: Callable[[Any], Any], calls: int) -> Callable[[Any], Any]:
+    """`calls` steps in one loop on the device.
 
     A turn of the loop costs about 10 us, so each holds 8 calls.
     """
@@ -176,16 +178,17 @@ def seconds(step: Callable[[Any], Any], carry: Any, calls: int, loops: int = 5) 
             carry = step(carry)
         return carry
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def loop(carry: Any) -> Any:
-        return lax.fori_loop(0, -(-calls // 8), turn, carry)
+    return lambda carry: lax.fori_loop(0, calls // 8, turn, carry)
 
-    carry = jax.block_until_ready(loop(carry))
+
+def seconds(loop: Callable[..., Any], carry: Any, rest: Any, calls: int, loops: int = 5) -> float:
+    """Median seconds of one step of `repeated`."""
+    carry = jax.block_until_ready(loop(carry, rest))
     taken = []
     for _ in range(loops):
         start = time.perf_counter()
-        carry = jax.block_until_ready(loop(carry))
-        taken.append((time.perf_counter() - start) / (-(-calls // 8) * 8))
+        carry = jax.block_until_ready(loop(carry, rest))
+        taken.append((time.perf_counter() - start) / calls)
     return float(np.median(taken))
 
 
@@ -197,31 +200,31 @@ def work(shape: Shape, itemsize: int = 2) -> float:
     return 4 * H * D * sum(count * n + count * (count + 1) / 2 for n, count in shape.chunks)
 
 
-def error(shape: Shape, page_size: int, attend: Callable[..., Any], pages: str = BF16) -> float:
-    """Relative error against the definition in float32, over some 41 of the tokens.
+def checked(page_size: int, pages: str, attend: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of (batch, q, (k, v), cache, tokens): the relative error against the definition in
+    float32 over these tokens. Pages are full of random numbers past each sequence's end too."""
+    unit = INT8 if pages == "int8" else 1.0
 
-    Pages are full of random numbers past each sequence's end too.
-    """
-    batch, q, (k, v), cache = make(shape, page_size, 1, pages)
-    y, after = jax.jit(attend)(q, k, v, cache, batch)
-    J, unit = batch.table.shape[1] * page_size, INT8 if pages == "int8" else 1.0
+    def check(batch: RaggedBatch, q: Any, new: Any, cache: KV, tokens: jax.Array) -> jax.Array:
+        y, after = attend(q, *new, cache, batch)
+        J = batch.table.shape[1] * page_size
 
-    def one(token: jax.Array) -> jax.Array:
-        where = batch.table[batch.slot[token]]
-        keys, values = (
-            x[where].swapaxes(0, 1).reshape(HEADS[1], 1, J, HEADS[2]).astype(jnp.float32) * unit
-            for x in (after.k, after.v)
-        )
-        grouped = q[token].reshape(HEADS[1], -1, 1, HEADS[2]).astype(jnp.float32)
-        x = jnp.sum(grouped * keys, axis=-1) * SCALE  # no matmul: exact, and nothing to tune
-        p = jax.nn.softmax(jnp.where(jnp.arange(J) <= batch.position[token], x, -jnp.inf), axis=-1)
-        return jnp.sum(p[..., None] * values, axis=-2).reshape(HEADS[0], HEADS[2])
+        def one(token: jax.Array) -> jax.Array:
+            where = batch.table[batch.slot[token]]
+            keys, values = (
+                x[where].swapaxes(0, 1).reshape(HEADS[1], 1, J, HEADS[2]).astype(jnp.float32) * unit
+                for x in (after.k, after.v)
+            )
+            grouped = q[token].reshape(HEADS[1], -1, 1, HEADS[2]).astype(jnp.float32)
+            x = jnp.sum(grouped * keys, axis=-1) * SCALE  # no matmul: exact, nothing to tune
+            seen = jnp.arange(J) <= batch.position[token]
+            p = jax.nn.softmax(jnp.where(seen, x, -jnp.inf), axis=-1)
+            return jnp.sum(p[..., None] * values, axis=-2).reshape(HEADS[0], HEADS[2])
 
-    tokens = np.flatnonzero(np.asarray(batch.real))
-    tokens = tokens[:: len(tokens) // 41 | 1]  # odd: no alignment hides
-    want = jax.jit(lambda t: lax.map(one, t))(jnp.asarray(tokens))
-    got = y[tokens].astype(jnp.float32)
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+        want, got = lax.map(one, tokens), y[tokens].astype(jnp.float32)
+        return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+
+    return check
 
 
 def attention(tuning: Tuning, pages: str) -> Callable[..., Any]:
@@ -233,23 +236,60 @@ def attention(tuning: Tuning, pages: str) -> Callable[..., Any]:
     )  # fmt: skip
 
 
-def measure(
-    shape: Shape, page_size: int, calls: int, tuning: Tuning = gpu.TUNING, pages: str = BF16
-) -> dict[str, Any]:
-    """One line of the table."""
-    attend = attention(tuning, pages)
-    wrong = error(shape, page_size, attend, pages)
-    batch, q, (k, v), cache = make(shape, page_size, 0, pages)
+@dataclass
+class Measurement:
+    """One line of the table: built first, beside others, and run alone."""
 
-    def step(carry: Any) -> Any:
-        return attend(carry[0], k, v, carry[1], batch)
+    shape: Shape
+    page_size: int
+    tuning: Tuning = gpu.TUNING
+    pages: str = BF16
+    variant: str = ""
+    check: Any = None
+    loop: Any = None
 
-    taken = seconds(step, (q, cache), calls)
-    size = jnp.dtype(pages).itemsize
-    rate = work(shape, size) / taken / (1e9 if shape.rows else 1e12)
-    unit = "GB/s" if shape.rows else "TFLOP/s"
-    return dict(case=shape.name, page=page_size, us=taken * 1e6, rate=rate, unit=unit,
-                target=shape.target, error=wrong)  # fmt: skip
+    @property
+    def calls(self) -> int:
+        return 64 if self.shape.rows else 16
+
+    def build(self, threads: ThreadPoolExecutor) -> None:
+        """Trace here, compile there."""
+        attend = attention(self.tuning, self.pages)
+
+        def loop(carry: Any, rest: Any) -> Any:
+            batch, (k, v) = rest
+            return repeated(lambda c: attend(c[0], k, v, c[1], batch), self.calls)(carry)
+
+        batch, q, new, cache = jax.eval_shape(
+            lambda: make(self.shape, self.page_size, 0, self.pages)
+        )
+        tokens = jax.eval_shape(lambda: self._tokens(np.ones(batch.real.shape)))
+        check = checked(self.page_size, self.pages, attend)
+        first = jax.jit(check).lower(batch, q, new, cache, tokens)
+        second = jax.jit(loop, donate_argnums=0).lower((q, cache), (batch, new))
+        self.check, self.loop = threads.submit(first.compile), threads.submit(second.compile)
+
+    def _tokens(self, real: np.ndarray) -> jax.Array:
+        """Some 41 of the step's tokens."""
+        count = 1 if self.shape.rows and len(self.shape.rows) == 1 else 41
+        found = np.flatnonzero(real)
+        step = max(1, len(found) // count) | 1  # odd: no alignment hides
+        return _i32(np.resize(found[::step], count))
+
+    def run(self) -> dict[str, Any]:
+        """Check, then time."""
+        check, loop = self.check.result(), self.loop.result()
+        inputs = make(self.shape, self.page_size, 1, self.pages)
+        wrong = float(check(*inputs, self._tokens(np.asarray(inputs[0].real))))
+        batch, q, new, cache = make(self.shape, self.page_size, 0, self.pages)
+        taken = seconds(loop, (q, cache), (batch, new), self.calls)
+        rows = bool(self.shape.rows)
+        rate = work(self.shape, jnp.dtype(self.pages).itemsize) / taken / (1e9 if rows else 1e12)
+        return dict(
+            case=self.shape.name, page=self.page_size, us=taken * 1e6, rate=rate,
+            unit="GB/s" if rows else "TFLOP/s", target=self.shape.target, error=wrong,
+            variant=self.variant,
+        )  # fmt: skip
 
 
 HEADER = f"{'case':<20}{'page':>5}{'us':>10}{'rate':>8} unit     {'target':>7}  error"
@@ -263,17 +303,34 @@ def line(x: dict[str, Any]) -> str:
     )
 
 
-def compare(shapes: list[Shape], page_size: int, show: Callable[[dict[str, Any]], None]) -> None:
-    """Every variant on every shape that has a target; what cannot be built is named."""
-    for shape in shapes:
-        for name, (tuning, pages) in (DECODE_VARIANTS if shape.rows else PREFILL_VARIANTS).items():
-            if not shape.target:
-                continue
+def variants(shapes: list[Shape], page_size: int) -> list[Measurement]:
+    """Every variant on every shape that has a target."""
+    return [
+        Measurement(shape, page_size, tuning, pages, name)
+        for shape in shapes
+        if shape.target
+        for name, (tuning, pages) in (DECODE_VARIANTS if shape.rows else PREFILL_VARIANTS).items()
+    ]
+
+
+def run_all(every: list[Measurement], show: Callable[[dict[str, Any]], None]) -> None:
+    """Build in parallel, then run one by one; one that cannot be built is named."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        for one in every:
             try:
-                found = measure(shape, page_size, 64 if shape.rows else 16, tuning, pages)
-                show(found | {"variant": name})
-            except Exception as failure:  # one that a compiler refuses must not end the table
-                print(f"{shape.name}, {name}: {str(failure).splitlines()[0][:120]}", flush=True)
+                one.build(threads)
+            except Exception as failure:
+                one.check = threads.submit(_fail, failure)
+    for one in every:
+        try:
+            show(one.run())
+        except Exception as failure:  # a compiler refuses it, or memory: the others go on
+            said = str(failure).splitlines() or [type(failure).__name__]
+            print(f"{one.shape.name}, {one.variant or 'default'}: {said[0][:140]}", flush=True)
+
+
+def _fail(failure: Exception) -> None:
+    raise failure
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -292,12 +349,8 @@ def main(arguments: list[str] | None = None) -> None:
     def show(found: dict[str, Any]) -> None:
         print(json.dumps(found) if options.json else line(found), flush=True)
 
-    if options.variants:
-        compare(shapes, PAGE_SIZES[-1], show)
-        return
-    for shape in shapes:
-        for page_size in PAGE_SIZES:
-            show(measure(shape, page_size, 64 if shape.rows else 16))
+    every = [Measurement(shape, size) for shape in shapes for size in PAGE_SIZES]
+    run_all(variants(shapes, PAGE_SIZES[-1]) if options.variants else every, show)
 
 
 if __name__ == "__main__":
