@@ -22,7 +22,7 @@ from octavo.pallas_kernels.attention.tpu_write import write
 
 __all__ = ["TpuKV", "attend", "init_kv", "page_bytes", "smallest_page", "why_not"]
 
-STATIC = ("window", "scale", "softcap", "chunk", "interpret")
+STATIC = ("window", "scale", "softcap", "cores", "chunk", "interpret")
 
 
 def smallest_page(dtype: jax.typing.DTypeLike) -> int:
@@ -42,11 +42,8 @@ def why_not(
     q: jax.Array,
     cache: TpuKV,
     batch: RaggedBatch,
-    sinks: jax.Array | None = None,
 ) -> str | None:
     """The reason these kernels refuse a step, or None if they take it."""
-    if sinks is not None:
-        return "these kernels know no sinks"
     S, dtype = batch.page_size, cache.pages.dtype
     if batch.tokens_per_row != 1:
         return f"rows bring one token each, got {batch.tokens_per_row}"
@@ -73,27 +70,27 @@ def attend(
     softcap: float,
     sinks: jax.Array | None = None,
     kv_scales: jax.Array | None = None,
+    cores: int = 1,
     chunk: int = 0,
     interpret: Any = False,
 ) -> tuple[jax.Array, TpuKV]:
     """Write, then attend. q [N, H, D], k and v [N, K, D] -> [N, H, D] in the dtype of q.
 
-    Raises ValueError for a step that `why_not` refuses. `chunk` replaces the tokens that decode
-    attends to at once (tests).
+    Raises ValueError for a step that `why_not` refuses. `cores` of one chip share the work
+    (v4, v5p). `chunk` replaces the tokens that decode attends to at once (tests).
     """
-    if refusal := why_not(q, cache, batch, sinks):
+    if refusal := why_not(q, cache, batch):
         raise ValueError(f"attention on a TPU cannot take this step: {refusal}")
     R, H, K = batch.table.shape[0], q.shape[1], k.shape[1]
-    kind, small = q.dtype, cache.pages.dtype
+    small, factor = cache.pages.dtype, None
     if kv_scales is None:
         k, v = stored(k, None, small), stored(v, None, small)
     else:  # a key's scale is as good on the queries, a value's on the results
         k, v = stored(k, kv_scales[0], small), stored(v, kv_scales[1], small)
-        each = jnp.repeat(kv_scales, H // K, axis=1)[:, :, None]
-        q = q.astype(jnp.float32) * each[0]
+        factor, after = jnp.repeat(kv_scales, H // K, axis=1)
     layout = Layout(K, H // K, q.shape[2])
     static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
-    static |= dict(layout=layout, interpret=interpret)
+    static |= dict(layout=layout, interpret=interpret, sinks=sinks, factor=factor, cores=cores)
     alone = cache.layer is None
     pages = cache.pages[None] if alone else cache.pages
     layer = jnp.int32(0) if cache.layer is None else cache.layer
@@ -114,5 +111,5 @@ def attend(
         pages = write(k[R:], v[R:], pages, layer, batch, layout=layout, interpret=interpret)
         y = jnp.concatenate([y, prefill(q[R:], pages, layer, batch, **static)])
     if kv_scales is not None:
-        y = (y * each[1]).astype(kind)
+        y = (y * after[:, None]).astype(q.dtype)
     return y, TpuKV(pages[0]) if alone else TpuKV(pages, layer)
