@@ -30,6 +30,7 @@ def backend(reason: str, choices: Choices = CHOICES) -> Backend:
         reason=reason,
         devices=(device,),
         attend=partial(attend, capability=capability, tuning=choices.tuning),
+        attend_packed=partial(attend_packed, choices=choices, capability=capability),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
         linear=plain.linear,
@@ -73,6 +74,25 @@ def attend(
     if gpu.why_not(q, cache, batch, capability) is not None:
         return blockwise.attend(q, k, v, cache, batch, **static)
     return gpu.attend(q, k, v, cache, batch, **static, capability=capability, tuning=tuning)
+
+
+def attend_packed(
+    mixed: jax.Array,
+    turn: tuple[jax.Array, jax.Array],
+    norms: tuple[jax.Array, jax.Array] | None,
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    choices: Choices,
+    capability: gpu.Capability,
+    **static: Any,
+) -> tuple[jax.Array, KV] | None:
+    """Norms, rotation and attention of decode rows in one kernel; None where it refuses them."""
+    if not 0 < mixed.shape[0] <= choices.packed:
+        return None
+    if gpu.why_not_packed(mixed, cache, batch, capability) is not None:
+        return None
+    return gpu.attend_packed(mixed, turn, norms, cache, batch, **static, tuning=choices.tuning)
 
 
 def capability_of(device: jax.Device) -> gpu.Capability:

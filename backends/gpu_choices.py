@@ -24,6 +24,8 @@ class Choices:
 
     # Tokens from which XLA's own matrix products are behind cuBLAS's, and cost longer to compile.
     cublas_from: int = 128
+    # Decode rows up to which queries and keys are normed and turned inside the decode kernel.
+    packed: int = 0
     tuning: Tuning = Tuning()
     xla: tuple[tuple[str, Value], ...] = ()  # options of XLA, for every program
 
@@ -41,19 +43,26 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
     if name.startswith("xla_"):
         return replace(choices, xla=(*choices.xla, (name, _value(value))))
     tuning = choices.tuning
-    if name == "cublas_from":
-        return replace(choices, cublas_from=_number(name, value))
+    if name in ("cublas_from", "packed"):
+        given: dict[str, Any] = {name: _number(name, value)}
+        return replace(choices, **given)
     if name == "write_with_rows":
         return replace(choices, tuning=replace(tuning, write_with_rows=bool(_number(name, value))))
     if name in _names(DecodeTuning):
-        given: dict[str, Any] = {name: _like(tuning.decode, name, value)}
+        given = {name: _like(tuning.decode, name, value)}
         decode = replace(tuning.decode, **given)
         return replace(choices, tuning=replace(tuning, decode=decode))
     if name in _names(HopperTuning):
         given = {name: _like(tuning.hopper, name, value)}
         hopper = replace(tuning.hopper, **given)
         return replace(choices, tuning=replace(tuning, hopper=hopper))
-    known = ["cublas_from", "write_with_rows", *_names(DecodeTuning), *_names(HopperTuning)]
+    known = [
+        "cublas_from",
+        "packed",
+        "write_with_rows",
+        *_names(DecodeTuning),
+        *_names(HopperTuning),
+    ]
     raise BackendError(
         f"{VARIABLE} names `{name}`; there are {', '.join(dict.fromkeys(known))} and xla_..."
     )

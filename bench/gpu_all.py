@@ -44,21 +44,29 @@ def _engine(shape: str, *words: str) -> tuple[str, ...]:
     )
 
 
+TRITON = "cublas_from=1000000"
+GOLDEN = ("octavo", "bench", "golden", "{weights}")
 ATTENTION = ("octavo.bench.gpu_attention", "--variants")
-# 0.6B: what a prompt step's host time is made of; decode: launches against bytes.
-FUSED = "prefill_heavy"
 STEPS = (
     Step("graphs", 20, ("octavo.bench.gpu_graphs",)),
     Step("prefill variants", 60, (*ATTENTION, "--only", "prefill")),
     Step("decode variants", 75, (*ATTENTION, "--only", "decode")),
     Step("products", 60, ("octavo.bench.gpu_matmul",)),
-    Step("golden", 100, ("octavo", "bench", "golden", "{weights}"), needs="weights"),
+    Step("golden", 100, GOLDEN, needs="weights"),
+    Step("golden, packed rows", 60, GOLDEN, "packed=1024", "weights"),
     Step("8B", 140, _engine("{8b}", "--steps", "--budgets", "2048,4096")),
     Step("0.6B", 80, _engine("{0.6b}", "--steps", "--budgets", "2048,4096")),
-    Step("0.6B, XLA's products", 60, _engine("{0.6b}", FUSED, "--steps"), "cublas_from=1000000"),
-    Step("0.6B, packed rows", 60, _engine("{0.6b}", "single_stream", "chat_mix"), "packed=1"),
-    Step("8B, packed rows", 70, _engine("{8b}", "single_stream"), "packed=1"),
-    Step("0.6B, projected rows", 60, _engine("{0.6b}", "single_stream"), "packed=1,projected=16"),
+    Step(
+        "0.6B, XLA's products",
+        60,
+        _engine("{0.6b}", "prefill_heavy", "--steps"),
+        "cublas_from=1000000",
+    ),
+    Step("0.6B, packed rows", 60, _engine("{0.6b}", "single_stream", "chat_mix"), "packed=1024"),
+    Step("8B, packed rows", 70, _engine("{8b}", "single_stream"), "packed=1024"),
+    Step(
+        "0.6B, projected rows", 60, _engine("{0.6b}", "single_stream"), "packed=1024,projected=16"
+    ),
     Step("8B again, from caches", 25, _engine("{8b}", "single_stream")),
     Step("0.6B again, from caches", 15, _engine("{0.6b}", "single_stream")),
     Step("attention, both page sizes", 60, ("octavo.bench.gpu_attention",)),

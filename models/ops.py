@@ -66,7 +66,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class Ops:
-    """The four operations a backend brings.
+    """The four operations a backend brings, and a larger one that it may.
 
     attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, spec: AttentionSpec) -> ([N, H, D], cache)
         stores this layer's keys and values in its pages, then attends. Which pages and positions:
@@ -81,9 +81,13 @@ class Ops:
     layers(block, x, layers, cache, specs) -> (x, cache)
         applies block(x, layer_params, layer_cache, spec) -> (x, layer_cache) to each layer in turn.
         `layers` is a tuple of trees, or `Stacks` where the backend asked for them.
+    attend_packed(mixed [N, K, J, D], turn, norms, cache, spec, eps, offset) -> as attend, or None
+        `attend` of the projections as they come: it norms (norms: weights [D] of queries and keys,
+        each plus `offset`, or None) and turns them too. None: do that first, then `attend`.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]]
     linear: Callable[[jax.Array, Linear], jax.Array]
     grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
+    attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None

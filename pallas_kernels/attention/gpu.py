@@ -22,7 +22,13 @@ from typing import Any
 import jax
 
 from octavo.pallas_kernels.attention.batch import RaggedBatch
-from octavo.pallas_kernels.attention.gpu_decode import DECODE, DecodeTuning, decode, why_not_decode
+from octavo.pallas_kernels.attention.gpu_decode import (
+    DECODE,
+    DecodeTuning,
+    decode,
+    decode_packed,
+    why_not_decode,
+)
 from octavo.pallas_kernels.attention.gpu_hopper import (
     HOPPER,
     HopperTuning,
@@ -109,3 +115,40 @@ def attend(
     most = SHARED.get(capability, LEAST_SHARED)
     blocks = prefill_tuning(q.shape[2], q.dtype.itemsize, cache.k.dtype.itemsize, most)
     return prefill(q, y, cache, batch, **static, **scaled, tuning=blocks), cache
+
+
+def why_not_packed(
+    mixed: jax.Array, cache: KV, batch: RaggedBatch, capability: Capability = H100
+) -> str | None:
+    """The reason `attend_packed` refuses a step, or None if it takes it."""
+    N, K, J, D = mixed.shape
+    if N != batch.table.shape[0] * batch.tokens_per_row:
+        return "prompt chunks need their queries and keys outside of the kernel"
+    q: Any = jax.ShapeDtypeStruct((N, K * (J - 2), D), mixed.dtype)
+    return why_not(q, cache, batch, capability)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("window", "scale", "softcap", "eps", "offset", "tuning", "interpret")
+)
+def attend_packed(
+    mixed: jax.Array,
+    turn: tuple[jax.Array, jax.Array],
+    norms: tuple[jax.Array, jax.Array] | None,
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    window: int,
+    scale: float,
+    softcap: float,
+    eps: float,
+    offset: float,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+    tuning: Tuning = TUNING,
+    interpret: bool = False,
+) -> tuple[jax.Array, KV]:
+    """`attend` for decode rows alone, from projections as they come: see `decode_packed`."""
+    static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap, eps=eps)
+    static |= dict(offset=offset, sinks=sinks, kv_scales=kv_scales, tuning=tuning.decode)
+    return decode_packed(mixed, turn, norms, cache, batch, **static, interpret=interpret)

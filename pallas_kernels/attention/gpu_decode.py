@@ -197,9 +197,67 @@ class _Static:
     base: int  # where the chunks' tokens begin
     parts: int
     interpret: bool
+    turned: "Turned | None" = None  # what there is are projections, not queries and keys
 
 
-def _kernel(c: _Static, parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, *refs):
+@dataclass(frozen=True)
+class Turned:
+    """How projections [N, K, J, D] become queries and keys. Axis J: G queries, a key, a value."""
+
+    D: int
+    half: int  # pairs are (i, i + half); what lies past 2 * half stays
+    eps: float
+    offset: float  # added to the norms' weights
+    normed: bool
+
+    @property
+    def sources(self) -> int:
+        """Arrays: the projections, cosines and sines, and the norms' weights."""
+        return 5 if self.normed else 3
+
+
+def _load_ready(c: _Static, sources, row, head):
+    """From q [N, H, D], k and v [N, K, D]."""
+    q_ref, k_ref, v_ref = sources
+    heads = head * c.G + jnp.minimum(jnp.arange(c.rows), c.G - 1)  # padding repeats the last head
+    return q_ref[row, heads], k_ref[row, head], v_ref[row, head]
+
+
+def _load_turned(c: _Static, sources, row, head):
+    """From the flat projections [N * K * J * D]; norms and turns on the way.
+
+    The other element of a pair is loaded again instead of moved: a few lines of cache.
+    """
+    t: Any = c.turned
+    mixed_ref, cos_ref, sin_ref, *norms = sources
+    d, half = jnp.arange(t.D), t.half
+    pair = jnp.where(d < half, d + half, jnp.where(d < 2 * half, d - half, d))
+    angle = row * half + jnp.minimum(jnp.where(d < half, d, jnp.maximum(d - half, 0)), half - 1)
+    cos = jnp.where(d < 2 * half, cos_ref[angle], 1.0)
+    sin = jnp.where(d < 2 * half, sin_ref[angle], 0.0)
+    sin = jnp.where(d < half, -sin, sin)
+    first = (row * c.K + head) * (c.G + 2) * t.D
+    member = jnp.minimum(jnp.arange(c.rows), c.G - 1)
+
+    def turned(at, norm):  # at [...] where vectors begin -> [..., D]
+        x = mixed_ref[at[..., None] + d].astype(jnp.float32)
+        other = mixed_ref[at[..., None] + pair].astype(jnp.float32)
+        if t.normed:  # rounded where separate steps would round
+            unit = lax.rsqrt(jnp.sum(x * x, axis=-1) / t.D + t.eps)[..., None]
+            own, others = (norms[norm][i].astype(jnp.float32) for i in (d, pair))
+            x = (x * unit * (t.offset + own)).astype(mixed_ref.dtype).astype(jnp.float32)
+            other = other * unit * (t.offset + others)
+            other = other.astype(mixed_ref.dtype).astype(jnp.float32)
+        return (x * cos + other * sin).astype(mixed_ref.dtype)
+
+    key = first + c.G * t.D
+    keys = turned(key + jnp.zeros((1,), jnp.int32), 1)
+    return turned(first + member * t.D, 0), jnp.sum(keys, axis=0), mixed_ref[key + t.D + d]
+
+
+def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
+    count = c.turned.sources if c.turned else 3
+    sources, refs = refs[:count], refs[count:]
     *given, k_pages, v_pages, y_ref, k_out, v_out, acc_ref, max_ref, sum_ref = refs
     head, part = pl.program_id(0), pl.program_id(1)
     k_scale, v_scale = _scales(c, given, head)
@@ -210,8 +268,9 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, *re
     @pl.when((part < c.parts) & (row < table_ref.shape[0]))
     def _():
         low, high, kind = parts_ref[part, 1], parts_ref[part, 2], parts_ref[part, 3]
-        heads = head * c.G + jnp.minimum(jnp.arange(c.rows), c.G - 1)  # padding repeats the last
-        q = q_ref[row, heads]  # [rows, D]
+        heads = head * c.G + jnp.minimum(jnp.arange(c.rows), c.G - 1)
+        load_row = _load_turned if c.turned else _load_ready
+        q, k_new, v_new = load_row(c, sources, row, head)  # [rows, D], [D], [D]
 
         def place(i):
             t = jnp.minimum(low + i * tile + jnp.arange(tile), jnp.maximum(high - 1, 0))
@@ -246,8 +305,16 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, *re
             return (*attend(i, carry[:3], *tiles), ahead)
 
         sink = given[0][heads] * LOG2E if c.sinks else None
-        pages = dest_ref, k_ref, v_ref, k_out, v_out
-        new = _new_token(c, kind & 1, row, head, q, sink, pages, k_scale, v_scale)
+        k_new = kept(k_new, k_scale, k_out.dtype)
+        v_new = kept(v_new, v_scale, v_out.dtype)
+        new = _new_token(c, kind & 1, q, k_new, v_new, sink, k_scale)
+
+        @pl.when(kind & 1 == 1)
+        def store_new_token():
+            where = _where(c, dest_ref[row], head)
+            k_out[where] = k_new
+            v_out[where] = v_new
+
         turns = pl.cdiv(high - low, tile)
         if c.tuning.prefetch:
             carry = lax.fori_loop(0, turns, step_ahead, (*new, *load(place(0))))
@@ -275,7 +342,7 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, *re
         def _():
             token = c.base + (part - c.parts) * c.chunk + jnp.arange(c.chunk)
             token = jnp.minimum(token, dest_ref.shape[0] - 1)  # the tail repeats the last token
-            where = _where(c, dest_ref[token], head)
+            where, (_, k_ref, v_ref) = _where(c, dest_ref[token], head), sources
             k_out[where] = kept(k_ref[token, head], k_scale, k_out.dtype)
             v_out[where] = kept(v_ref[token, head], v_scale, v_out.dtype)
 
@@ -296,18 +363,8 @@ def _where(c: _Static, dest, head):
     return ((dest >> log2(c.S)) * c.K + head) * c.S + (dest & (c.S - 1))
 
 
-def _new_token(c: _Static, last, row, head, q, sink, pages, k_scale, v_scale):
-    """Store the row's new key and value, and begin the softmax with them, if this part is last."""
-    dest_ref, k_ref, v_ref, k_out, v_out = pages
-    k = kept(k_ref[row, head], k_scale, k_out.dtype)  # [D] each
-    v = kept(v_ref[row, head], v_scale, v_out.dtype)
-    where = _where(c, dest_ref[row], head)
-
-    @pl.when(last == 1)
-    def _():
-        k_out[where] = k
-        v_out[where] = v
-
+def _new_token(c: _Static, last, q, k, v, sink, k_scale):
+    """Begin the softmax with the row's new key and value, as kept, if this part is the last."""
     x = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32)[None, :], axis=1)
     x = cap(x * _unit(c, k_scale), c.softcap)
     peak = x if sink is None else jnp.maximum(x, sink)
@@ -366,25 +423,80 @@ def decode(
     The cache is updated in place where the caller gives it up. `write_chunks`: also store the other
     tokens, so many a program. sinks f32[H], kv_scales f32[2, K] as in reference.py.
     """
-    (N, H, D), (P, K, S, _), R = q.shape, cache.k.shape, batch.table.shape[0]
+    static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
+    return _decode(
+        (q, k, v), q.shape, cache, batch, **static, given=(sinks, kv_scales), tuning=tuning,
+        write_chunks=write_chunks, interpret=interpret, turned=None,
+    )  # fmt: skip
+
+
+def decode_packed(
+    mixed: jax.Array,
+    turn: tuple[jax.Array, jax.Array],
+    norms: tuple[jax.Array, jax.Array] | None,
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    window: int = 0,
+    scale: float,
+    softcap: float = 0.0,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+    tuning: DecodeTuning = DECODE,
+    interpret: bool = False,
+) -> tuple[jax.Array, KV]:
+    """`decode` of projections as they come: mixed [R, K, J, D] -> y [R, H, D], cache.
+
+    Norms (weights [D] of queries and keys, each plus `offset`) and rotation (turn: cos and sin
+    f32[R, 1, D'/2]) happen in the kernel, rounded where a program of separate steps would round.
+    """
+    N, K, J, D = mixed.shape
+    turned = Turned(D, turn[0].shape[-1], eps, offset, norms is not None)
+    sources = (mixed.reshape(-1), turn[0].reshape(-1), turn[1].reshape(-1), *(norms or ()))
+    static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
+    return _decode(
+        sources, (N, K * (J - 2), D), cache, batch, **static, given=(sinks, kv_scales),
+        tuning=tuning, write_chunks=0, interpret=interpret, turned=turned,
+    )  # fmt: skip
+
+
+def _decode(
+    sources: tuple[jax.Array, ...],
+    shape: tuple[int, ...],
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    window: int,
+    scale: float,
+    softcap: float,
+    given: tuple[jax.Array | None, jax.Array | None],
+    tuning: DecodeTuning,
+    write_chunks: int,
+    interpret: bool,
+    turned: Turned | None,
+) -> tuple[jax.Array, KV]:
+    (N, H, D), (P, K, S, _), R = shape, cache.k.shape, batch.table.shape[0]
     target = max(1, tuning.parts // K)
     plan = plan_decode(batch, window=window, tile=tuning.tile, target=target)
     W, flat = plan.parts.shape[0], (P * K * S, D)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     c = _Static(
         G=H // K, K=K, S=S, rows=max(ROWS, 1 << (H // K - 1).bit_length()), scale=scale,
-        softcap=softcap, tuning=tuning, sinks=sinks is not None, scaled=kv_scales is not None,
-        chunk=write_chunks, base=R, parts=W, interpret=interpret,
+        softcap=softcap, tuning=tuning, sinks=given[0] is not None, scaled=given[1] is not None,
+        chunk=write_chunks, base=R, parts=W, interpret=interpret, turned=turned,
     )  # fmt: skip
-    given = [x for x in (sinks, kv_scales) if x is not None]
-    first = 6 + len(given)  # where the pages are among the arguments
+    there = [x for x in given if x is not None]
+    first = 3 + len(sources) + len(there)  # where the pages are among the arguments
     writers = pl.cdiv(N - R, write_chunks) if write_chunks else 0
+    result = jax.ShapeDtypeStruct(shape, sources[0].dtype)
     y, k_flat, v_flat, acc, top, total = _call(
         functools.partial(_kernel, c),
         (K, W + writers),
-        (plan.parts, batch.table, batch.dest, q, k, v, *given,
+        (plan.parts, batch.table, batch.dest, *sources, *there,
          cache.k.reshape(flat), cache.v.reshape(flat)),
-        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(flat, cache.k.dtype),
+        (result, jax.ShapeDtypeStruct(flat, cache.k.dtype),
          jax.ShapeDtypeStruct(flat, cache.v.dtype), f32((W, H, D)), f32((W, H)), f32((W, H))),
         aliases={first: 1, first + 1: 2}, warps=tuning.warps, name="paged_decode",
         interpret=interpret,
@@ -395,7 +507,7 @@ def decode(
         functools.partial(_merge_kernel, merged=merged, columns=columns),
         (R, H, D // columns),
         (plan.rows, acc, top, total, y),
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        result,
         aliases={4: 0}, warps=2, name="merge_decode", interpret=interpret,
     )  # fmt: skip
     return y, KV(k=k_flat.reshape(P, K, S, D), v=v_flat.reshape(P, K, S, D))

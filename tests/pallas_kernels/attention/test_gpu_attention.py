@@ -199,3 +199,37 @@ def test_blocks_of_queries_fit_the_shared_memory_of_smaller_cards() -> None:
         tuning = prefill_tuning(D, itemsize, kept, gpu.LEAST_SHARED)
         assert tuning.shared(D, itemsize, kept) <= gpu.LEAST_SHARED
     assert prefill_tuning(128, 2, 2, gpu.SHARED[gpu.H100]) == PREFILL
+
+
+@pytest.mark.parametrize(
+    ("normed", "dtype", "turning"),
+    [(True, "float32", 48), (True, "bfloat16", 64), (False, "float32", 64)],
+)
+def test_norms_and_turns_in_the_kernel_as_before_it(normed: bool, dtype: str, turning: int) -> None:
+    case = Case(rows=ROWS, heads=(6, 2, 64), window=50)
+    H, K, D = case.heads
+    q, k, v, cache, batch = cases.inputs(case, dtype=dtype)
+    mixed = jnp.concatenate([q.reshape(-1, K, H // K, D), k[:, :, None], v[:, :, None]], axis=2)
+    weights = 1 + jnp.arange(2 * D, dtype=jnp.float32).reshape(2, D).astype(dtype) / D
+    angle = batch.position[:, None, None] / 10.0 ** jnp.arange(turning // 2)
+    turn = (jnp.cos(angle), jnp.sin(angle))
+    static = dict(window=case.window, scale=D**-0.5, softcap=0.0)
+
+    def prepared(x: jax.Array, weight: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        if normed:
+            unit = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+            x = (x * unit * (0.5 + weight.astype(jnp.float32))).astype(dtype).astype(jnp.float32)
+        a, b, rest = jnp.split(x, [turning // 2, turning], axis=-1)
+        turned = [a * turn[0] - b * turn[1], b * turn[0] + a * turn[1], rest]
+        return jnp.concatenate(turned, axis=-1).astype(dtype)
+
+    norms = (weights[0], weights[1]) if normed else None
+    got, pages = gpu.attend_packed(
+        mixed, turn, norms, cache, batch, **static, eps=1e-6, offset=0.5, interpret=True
+    )
+    q, k = prepared(q, weights[0]), prepared(k, weights[1])
+    want, wanted = reference.attend(q, k, v, cache, batch, **static)
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE[dtype]
+    assert relative_error(pages.k[1:], wanted.k[1:]) < TOLERANCE[dtype] / 10
+    assert jnp.array_equal(pages.v[1:], wanted.v[1:])
