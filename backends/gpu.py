@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 from octavo.backends import plain
-from octavo.backends.cpu import more_than_one_device
 from octavo.backends.gpu_choices import Choices
 from octavo.backends.record import Backend
 from octavo.pallas_kernels.attention import blockwise, gpu
@@ -109,8 +108,6 @@ def compiler_options(choices: Choices, tokens: int) -> dict[str, bool | int | st
 
 def why_not(config: Any, capability: gpu.Capability) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
-    if more_than_one_device(config.mesh):
-        return f"the gpu backend runs on one device, got `mesh={config.mesh}`; leave `mesh` empty"
     if config.kv_cache_dtype == "fp8" and capability < gpu.FLOAT8:
         return (
             f"a GPU of compute capability {capability[0]}.{capability[1]} has no 8-bit floats, "

@@ -73,6 +73,9 @@ class Backend:
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
     stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
 
+    # stack_format(axes, sharding): how a stack of layers' weights of so many axes lies in memory
+    stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
+
     row_buckets: Callable[[int], tuple[int, ...]]  # of max_num_seqs, ascending, the last is it
     token_buckets: Callable[[int], tuple[int, ...]]  # of max_num_batched_tokens, likewise
 
@@ -91,6 +94,7 @@ class Backend:
     small_steps: int = 1
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device
+    shared_memory: bool = False  # all devices have the same memory
     # why_not(config): why an EngineConfig-like object cannot be served here, and what to change
     why_not: Callable[[Any], str | None]
 

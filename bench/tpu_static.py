@@ -50,7 +50,7 @@ def arguments(page: int, kind: str, heads: tuple[int, int, int] = HEADS) -> tupl
         return jax.ShapeDtypeStruct(shape, dtype)
 
     H, K, D = heads
-    rows, C, M = 16, 8, 128
+    rows, C, M = 16, 8, 16384 // page
     N = rows + 512
     shapes: dict[str, tuple[int, ...]] = dict(table=(rows, M), row_start=(rows,), row_count=(rows,))
     shapes |= {f"chunk_{name}": (C,) for name in ("slot", "start", "count", "offset")}
@@ -76,16 +76,16 @@ def measure(
     layout = Layout(K, H // K, D)
 
     def step(*given: Any) -> Any:
-        return tpu.attend(*given, window=0, scale=D**-0.5, softcap=0.0)
+        return tpu.attend(*given, window=0, scale=D**-0.5, softcap=0.0, **tpu.chip(chip))
 
     compile_for(chip, step, arguments(page, kind, heads), donate=3)
     decode, prefill, write = (
         Schedule(dump, f"tpu_{name}") for name in ("decode", "prefill", "write")
     )
-    walked = SLOTS * chunk_tokens(layout, page, kind)
+    walked = SLOTS * chunk_tokens(layout, page, kind, 16384)
     size = TOKENS * layout.tiles * layout.width * jnp.dtype(kind).itemsize
     return {
-        "decode": round(decode.hot_path(decode.loops()[-1]) * TOKENS / walked),
+        "decode": round(decode.hot_path(decode.loops()[-1], SLOTS) * TOKENS / walked),
         "copies": round(CHIPS[chip].copy_cycles(size)),
         "decode all": decode.bundles,
         "decode spills": decode.spills,

@@ -3,25 +3,23 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from octavo.backends.record import CACHE_DTYPES, Backend
 from octavo.backends.select import select
-from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig, devices_of
 from octavo.engine.grammar.vocabulary import Vocabulary
 from octavo.engine.host import Limits
 from octavo.engine.memory import Resolved, resolve
+from octavo.engine.mesh import Placement
 from octavo.engine.text.opened import open_text
 from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from octavo.models.config import ModelConfig, ModelConfigError
-from octavo.models.load import LoadError, load_params, random_params
-from octavo.models.registry import Model
+from octavo.models.load import LoadError, load_params, random_params, ranks
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -66,13 +64,19 @@ def assemble(
 
     `decided` is called between the last two: from there on everything can be compiled.
     """
-    backend = select(config.device)
+    backend = select(config.device, devices_of(config.mesh))
     with refusals(), closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
         if decided is not None:
             decided(backend, resolved)
         began = time.perf_counter()
-        params = load_weights(config, checkpoint, resolved.model, resolved.dtype, progress)
+        params = load_weights(
+            config,
+            checkpoint,
+            Placement(resolved.mesh, resolved.model, stack_format=backend.stack_format),
+            resolved.dtype,
+            progress,
+        )
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
     return Parts(backend, resolved, params, eos, time.perf_counter() - began, vocabulary)
@@ -86,18 +90,23 @@ def read_vocabulary(config: EngineConfig, size: int, ends: list[int]) -> Vocabul
 def load_weights(
     config: EngineConfig,
     checkpoint: Checkpoint,
-    model: Model,
+    place: Placement,
     dtype: Any,
     progress: Progress | None = None,
 ) -> Any:
-    """Every parameter of `model`, in its place."""
+    """Every parameter of the model, in its place."""
+    model = place.model
     if config.load_format == "dummy":
-        return random_params(model, config.seed, dtype)
+        return random_params(
+            model, config.seed, dtype, put=place.put_weight, stack_format=place.stack_format
+        )
     _check_scales(config, checkpoint)
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
-        return load(checkpoint.path, model.abstract_params(dtype))
+        if place.mesh is None:
+            return load(checkpoint.path, model.abstract_params(dtype))
+        return load_over(place, checkpoint.path, dtype)
     report = None
     if progress is not None:
 
@@ -109,8 +118,9 @@ def load_weights(
         checkpoint.get,
         checkpoint.names(),
         dtype,
-        put=put,
+        put=place.put_weight,
         progress=report,
+        stack_format=place.stack_format,
     )
 
 
@@ -129,9 +139,20 @@ def _check_scales(config: EngineConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def put(array: np.ndarray) -> jax.Array:
-    """One parameter to its place."""
-    return jax.device_put(array)
+def load_over(place: Placement, folder: Any, dtype: Any) -> Any:
+    """The parameters of an orbax folder, each part read to its device."""
+    from octavo.models.sources.orbax import load
+
+    model = place.model
+    if model.whole.sizes != model.config.sizes:
+        raise ConfigError(
+            "an orbax folder cannot be read with key-value heads repeated or a vocabulary padded, "
+            f"as {model.shards.count} shards of this model need",
+            "use the original checkpoint, or fewer shards",
+        )
+    places = place.abstract(model.abstract_params(dtype), place.params)
+    params = load(folder, replace(places, rank=None))
+    return replace(params, rank=place.put_weight(ranks(model), model.tensors.rank))
 
 
 def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:

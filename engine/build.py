@@ -42,7 +42,7 @@ class Build:
         began = time.perf_counter()
         config, model = self._config, resolved.model
         try:
-            machine = Machine(resolved.dims, model, backend)
+            machine = Machine(resolved.dims, model, backend, resolved.mesh)
             folder = cache_folder(config.compilation_cache)
             programs = Programs(machine, limits_of(config, resolved), config.max_logprobs, folder)
             params = self._params

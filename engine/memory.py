@@ -10,7 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from octavo.backends.record import Backend, cache_dtype
-from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig, parse_mesh
+from octavo.engine.mesh import make_mesh, shards_of
 from octavo.engine.plan import plan_size
 from octavo.engine.state import BIAS, Dims, PageGroup
 from octavo.models.config import ModelConfig
@@ -83,6 +84,7 @@ class Resolved:
     token_buckets: tuple[int, ...]
     max_model_len: int
     memory: MemoryPlan
+    mesh: Any = None  # jax.sharding.Mesh; None is one device
     steps: int = 1  # decode steps in one program
     several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
 
@@ -101,6 +103,8 @@ def resolve(
     """Decide every size. `model` replaces the one that `facts` would build (benches)."""
     if why := backend.why_not(config):
         raise ConfigError(why)
+    sizes = _axes(config)
+    mesh = make_mesh(sizes, backend.devices)
     dtype = jnp.dtype(backend.dtype if config.dtype == "auto" else config.dtype)
     kv_dtype = jnp.dtype(cache_dtype(config, backend.dtype))
     facts = replace(facts, kv_scales=kv_dtype.itemsize == 1)
@@ -110,9 +114,9 @@ def resolve(
     budget = config.max_num_batched_tokens or backend.max_num_batched_tokens
     whole = 1 << (longest - 1).bit_length()
     budget = min(budget, whole * (1 if config.max_num_batched_tokens else min(seqs, PROMPTS)))
-    limit = backend.memory_limit()
+    limit = backend.memory_limit() // (mesh.size if mesh and backend.shared_memory else 1)
     while True:
-        built = model or build(facts, longest, stacked=backend.stacked)
+        built = model or build(facts, longest, shards_of(sizes), stacked=backend.stacked)
         weights = param_bytes(built, dtype)
         dims = _dims(config, built, seqs, page, longest, budget)
         spent = weights + _state_bytes(dims) + _workspace_bytes(built, dims, dtype)
@@ -151,9 +155,21 @@ def resolve(
         token_buckets=backend.token_buckets(budget),
         max_model_len=longest,
         memory=memory,
+        mesh=mesh,
         steps=steps,
         several_rows=rows if steps > 1 else (),
     )
+
+
+def _axes(config: EngineConfig) -> dict[str, int]:
+    """The sizes of the mesh that is asked for."""
+    sizes = parse_mesh(config.mesh)
+    if unserved := [axis for axis in ("data", "stage") if sizes.get(axis, 1) > 1]:
+        raise ConfigError(
+            f"`mesh={config.mesh}` cuts `{unserved[0]}`, which no engine can do yet; "
+            "use `model` (and `expert` for a model with experts)"
+        )
+    return sizes
 
 
 def _rows(backend: Backend, seqs: int, weights: int) -> tuple[tuple[int, ...], int]:
@@ -269,8 +285,8 @@ def _workspace_bytes(model: Model, dims: Dims, dtype: Any) -> int:
     """An upper estimate of a step's temporary memory; the programs are asked once they exist."""
     heads, kv_heads, head = model.attention
     tokens = dims.slots + dims.max_chunk
-    width = max(model.config.F * 2, (heads + 2 * kv_heads) * head, model.config.E * 4)
-    logits = dims.slots * model.config.V * 4 * 4
+    width = max(model.local.F * 2, (heads + 2 * kv_heads) * head, model.config.E * 4)
+    logits = dims.slots * model.local.V * 4 * 4
     return tokens * width * 4 * 4 + logits + 64 * MiB
 
 

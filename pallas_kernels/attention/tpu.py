@@ -22,12 +22,22 @@ from octavo.pallas_kernels.attention.tpu_write import write
 
 __all__ = ["TpuKV", "attend", "init_kv", "page_bytes", "smallest_page", "why_not"]
 
-STATIC = ("window", "scale", "softcap", "cores", "chunk", "interpret")
+STATIC = ("window", "scale", "softcap", "cores", "native", "chunk", "interpret")
 
 
 def smallest_page(dtype: jax.typing.DTypeLike) -> int:
     """Tokens of the smallest page: one whole tile of registers."""
     return SUBLANES * 4 // jnp.dtype(dtype).itemsize
+
+
+def chip(kind: str) -> dict[str, Any]:
+    """What `attend` must know of a chip; `kind` is jax's device_kind, or a name as in v5p."""
+    name = kind.lower().replace("tpu", "").strip()
+    if name in ("v4", "v5p", "v5"):  # v5e is "v5 lite"
+        return {"cores": 2}
+    if "7" in name:  # it multiplies no integers
+        return {"native": ("float8_e4m3fn",)}
+    return {}
 
 
 def page_bytes(
@@ -71,13 +81,14 @@ def attend(
     sinks: jax.Array | None = None,
     kv_scales: jax.Array | None = None,
     cores: int = 1,
+    native: tuple[str, ...] = ("int8", "float8_e4m3fn"),
     chunk: int = 0,
     interpret: Any = False,
 ) -> tuple[jax.Array, TpuKV]:
     """Write, then attend. q [N, H, D], k and v [N, K, D] -> [N, H, D] in the dtype of q.
 
     Raises ValueError for a step that `why_not` refuses. `cores` of one chip share the work
-    (v4, v5p). `chunk` replaces the tokens that decode attends to at once (tests).
+    (v4, v5p), pages of a kind in `native` are multiplied as they are (`chip`). `chunk` replaces the tokens that decode attends to at once (tests).
     """
     if refusal := why_not(q, cache, batch):
         raise ValueError(f"attention on a TPU cannot take this step: {refusal}")
@@ -105,6 +116,7 @@ def attend(
         batch.row_count > 0,
         batch.dest[:R],
         chunk=chunk,
+        widen=small.itemsize == 1 and small.name not in native,
         **static,
     )
     if q.shape[0] > R:

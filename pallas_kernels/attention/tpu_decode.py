@@ -35,17 +35,18 @@ RING = 2 * SLOTS
 RANK, CHUNK, ROW, END, BEGINS, COUNT = range(6)
 MASKED = -1e30
 TOGETHER = 64  # tokens
-BUFFER = 4 << 20  # the most bytes of one of the buffers
+BUFFER = 2 << 20  # the most bytes of one of the buffers
 VMEM = 48 << 20  # v5p and tpu7x have 64 MiB a core
 LOG2E = 1.4426950408889634
 IDS = 128  # page ids that one copy brings: the least that SMEM copies take is 512 bytes
 
 
-def chunk_tokens(layout: Layout, page_size: int, dtype: jax.typing.DTypeLike) -> int:
-    """C tokens that are attended to at once: large enough to amortize, small for short rows."""
-    itemsize = jnp.dtype(dtype).itemsize
-    size = 512 if itemsize > 1 else 1024
-    while size > LANES and layout.tiles * size * layout.width * itemsize > BUFFER:
+def chunk_tokens(layout: Layout, page_size: int, dtype: jax.typing.DTypeLike, longest: int) -> int:
+    """C tokens that are attended to at once: many where they are small, so that the arithmetic of
+    one hides the latency of another; few where no row has more than `longest` tokens."""
+    token = layout.tiles * layout.width * jnp.dtype(dtype).itemsize
+    size = 2048
+    while size > LANES and (size * token > BUFFER or size > max(512, longest // 4)):
         size //= 2
     return max(size, page_size)
 
@@ -126,7 +127,8 @@ class _Walk:
 
     @property
     def small(self) -> bool:
-        return jnp.dtype(self.dtype).itemsize == 1
+        """The products are of 8 bits; else pages of 8 bits are widened first."""
+        return jnp.dtype(self.q.dtype).itemsize == 1
 
     def item(self, what: int, i: Any) -> Any:
         return self.ring[what, i & (RING - 1)]
@@ -134,7 +136,7 @@ class _Walk:
     def id_copy(self, i: Any, slot: int) -> Any:
         at = (self.item(CHUNK, i) * self.per) & -IDS
         source = self.table.at[self.item(ROW, i), pl.ds(pl.multiple_of(at, IDS), IDS)]
-        return pltpu.make_async_copy(source, self.ids.at[slot], self.id_sem.at[slot])
+        return pltpu.make_async_copy(source, self.ids[slot], self.id_sem.at[slot])
 
     def start_ids(self, i: Any, slot: int) -> None:
         """Place the cursor of item i and fetch its page ids; past the last item, any."""
@@ -152,17 +154,20 @@ class _Walk:
             self.ring[what, at] = value
         self.id_copy(i, slot).start()
 
-    def start_pages(self, i: Any, slot: int) -> None:
-        self.id_copy(i, slot).wait()
+    def start_pages(self, i: Any, slot: int, whole: bool) -> None:
+        """`whole`: the chunk has all its pages."""
         n, base = self.item(COUNT, i), (self.item(CHUNK, i) * self.per) & (IDS - 1)
         for first in range(0, self.per, self.together):
+            group = range(first, first + self.together)
+            found = [self.ids[slot][base + j] for j in group]  # loads on a condition cost more
 
-            @pl.when(first < n)
-            def _(first: int = first) -> None:
-                for j in range(first, first + self.together):
-                    page = self.pages.at[self.layer, self.ids[slot, base + j]]
+            def start(group: range = group, found: list[Any] = found) -> None:
+                for j, page_id in zip(group, found, strict=True):
+                    page = self.pages.at[self.layer].at[page_id]
                     into = self.buffers[slot].at[:, pl.ds(j * self.S, self.S)]
                     pltpu.make_async_copy(page, into, self.page_sem.at[slot]).start()
+
+            start() if whole else pl.when(first < n)(start)
 
     def wait_pages(self, i: Any, slot: int) -> None:
         def wait(count: int) -> None:
@@ -245,8 +250,8 @@ def _kernel(
     cores: int,
     sunk: bool,
 ) -> None:
-    buffers, rest = scratch[:SLOTS], scratch[SLOTS:]
-    ids, ring, q, unit, new, out, m, norm, acc, sems = rest
+    buffers, ids, rest = scratch[:SLOTS], scratch[SLOTS : 2 * SLOTS], scratch[2 * SLOTS :]
+    ring, q, unit, new, out, m, norm, acc, sems = rest
     page_sem, id_sem, row_sem, out_sem, write_sem = (sems.at[kind] for kind in range(5))
     del pages_in
     core = pl.program_id(0)
@@ -259,6 +264,9 @@ def _kernel(
     w = _Walk(*smem, *hbm, *here, *sem, layout.tiles, C, S, *share)
     per, dtype, small, R = w.per, w.dtype, w.small, layout.rows
 
+    def operand(slot: int, tiles: list[int]) -> jax.Array:
+        return jnp.concatenate([buffers[slot][t].astype(q.dtype) for t in tiles], axis=-1)
+
     def attend(i: Any, slot: int) -> None:
         side, start, end = w.item(RANK, i) & 1, w.item(CHUNK, i) * C, w.item(END, i)
         j = jax.lax.broadcasted_iota(jnp.int32, (R, C), 1) + start
@@ -267,7 +275,7 @@ def _kernel(
             seen &= j > end - 1 - window
         logits = []
         for u in range(layout.units):
-            k = jnp.concatenate([buffers[slot][t] for t in layout.key_tiles(u)], axis=-1)
+            k = operand(slot, layout.key_tiles(u))
             s = _dot(q[side, u], k, (1, 1))
             if small:
                 s = s[:R] + s[R:] * split(jnp.zeros(()), dtype)[2]
@@ -282,13 +290,13 @@ def _kernel(
             decay = jnp.exp2(before - peak)
             norm[u] = norm[u] * decay + jnp.sum(p, axis=-1, keepdims=True)
             m[u] = peak
-            v = jnp.concatenate([buffers[slot][t] for t in layout.value_tiles(u)], axis=-1)
+            v = operand(slot, layout.value_tiles(u))
             if small:
                 hi, lo, factor = split(p * most(dtype), dtype)
                 y = _dot(jnp.concatenate([hi, lo]), v, (1, 0))
                 y = y[:R] + y[R:] * factor
             else:
-                y = _dot(p.astype(dtype), v, (1, 0))
+                y = _dot(p.astype(q.dtype), v, (1, 0))
             acc[u] = acc[u] * decay[:, :1] + y
 
     def step(i: Any, slot: int) -> None:
@@ -310,10 +318,17 @@ def _kernel(
 
         w.wait_pages(i, slot)
         pl.when(last)(lambda: w.merge(i, slot))
-        # One block of instructions from here, so that these copies start beside the arithmetic.
-        w.start_pages(i + SLOTS - 1, before)
-        w.start_ids(i + SLOTS, slot)
-        attend(i, slot)
+
+        # One block of instructions, so that these copies start beside the arithmetic. A copy on a
+        # condition hinders the arithmetic around it; of full chunks, nearly all, none has one.
+        def go(whole: bool) -> None:
+            w.start_pages(i + SLOTS - 1, before, whole)
+            w.start_ids(i + SLOTS, slot)
+            attend(i, slot)
+
+        w.id_copy(i + SLOTS - 1, before).wait()
+        full = w.item(COUNT, i + SLOTS - 1) == per
+        jax.lax.cond(full, lambda: go(True), lambda: go(False))
 
         @pl.when(last)
         def _() -> None:
@@ -338,7 +353,8 @@ def _kernel(
                 buffers[i][tile] = jnp.zeros_like(buffers[i][tile])
 
     for i in range(SLOTS - 1):
-        w.start_pages(jnp.int32(i), i)
+        w.id_copy(jnp.int32(i), i).wait()
+        w.start_pages(jnp.int32(i), i, whole=False)
 
     def turn(g: Any, _: None) -> None:
         for slot in range(SLOTS):
@@ -389,7 +405,10 @@ def plan(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("layout", "window", "scale", "softcap", "cores", "chunk", "interpret")
+    jax.jit,
+    static_argnames=(
+        *("layout", "window", "scale", "softcap", "cores", "widen", "chunk", "interpret"),
+    ),
 )
 def decode(
     q: jax.Array,
@@ -409,6 +428,7 @@ def decode(
     sinks: jax.Array | None = None,
     factor: jax.Array | None = None,
     cores: int = 1,
+    widen: bool = False,
     chunk: int = 0,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -417,11 +437,11 @@ def decode(
     q [R, H, D], k and v [R, K, D], pages [L, P, tiles, S, W], layer i32[], table i32[R, M], length
     i32[R] with the new token, active bool[R], dest i32[R] = page * S + offset. Returns y [R, H, D],
     zeros where a row is not active, and the pages. sinks f32[H]; factor f32[H] multiplies the
-    queries. `cores` share the rows.
+    queries. `cores` share the rows. `widen`: pages of 8 bits become bfloat16 before they are used.
     """
     S, dtype = pages.shape[3], pages.dtype
-    C = max(S, chunk) if chunk else chunk_tokens(layout, S, dtype)
-    small = dtype.itemsize == 1
+    C = max(S, chunk) if chunk else chunk_tokens(layout, S, dtype, table.shape[1] * S)
+    small = dtype.itemsize == 1 and not widen
     walk, order, first = plan(length, active, C, window, cores)
     by = scale * LOG2E if factor is None else (scale * LOG2E) * factor[:, None]
     scaled = q.astype(jnp.float32) * by
@@ -433,7 +453,7 @@ def decode(
         rows = jnp.concatenate([hi, lo], axis=2)
         unit = jnp.broadcast_to(size.reshape(size.shape[0], -1, 1), unit.shape)
     else:
-        rows = rows.astype(dtype)
+        rows = rows.astype(jnp.bfloat16 if widen else dtype)
     new = layout.new_rows(k, v).astype(dtype)
     ids = jnp.pad(table, [(0, 0), (0, -table.shape[1] % IDS)])
     hbm, smem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -456,9 +476,9 @@ def decode(
         input_output_aliases={10: 1},
         scratch_shapes=[
             *[pltpu.VMEM((layout.tiles, C, layout.width), dtype)] * SLOTS,
-            pltpu.SMEM((SLOTS, IDS), jnp.int32),
+            *[pltpu.SMEM((IDS,), jnp.int32)] * SLOTS,
             pltpu.SMEM((6, RING), jnp.int32),
-            pltpu.VMEM((2, *rows.shape[1:]), dtype),
+            pltpu.VMEM((2, *rows.shape[1:]), rows.dtype),
             pltpu.VMEM((2, *unit.shape[1:]), jnp.float32),
             pltpu.VMEM((2, *new.shape[1:]), dtype),
             pltpu.VMEM((2, *shape, layout.lanes), q.dtype),

@@ -13,10 +13,13 @@ In this order, which is also the order of the functions here:
 Every index is clipped into the vocabulary, and entries that are not used change nothing.
 """
 
+from dataclasses import replace
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from octavo.pallas_kernels.sampling.across import Across, ids_of
 from octavo.pallas_kernels.sampling.controls import Controls
 
 IN_PROMPT = 1 << 15  # the bit of `counts` that marks ids of the prompt
@@ -37,8 +40,15 @@ class Edits:
     counts: jax.Array | None = None  # u16[R, V] IN_PROMPT | times generated
 
 
-def edit(logits: jax.Array, controls: Controls, edits: Edits) -> jax.Array:
-    """logits f32[R, V] with everything applied. Each part is skipped while no row needs it."""
+def edit(
+    logits: jax.Array, controls: Controls, edits: Edits, across: Across | None = None
+) -> jax.Array:
+    """logits f32[R, V] with everything applied. Each part is skipped while no row needs it.
+
+    `across`: the logits are one shard's part, while `edits` name ids of the whole vocabulary.
+    """
+    if across is not None:
+        edits = _of_shard(edits, across, logits.shape[1])
     if edits.allowed is not None:
         logits = mask_allowed(logits, edits.allowed)
     if edits.bad_words is not None and edits.recent is not None:
@@ -104,6 +114,42 @@ def mark_prompt(
     """counts u16[B, V] with tokens i32[T] of slot i32[T] marked as prompt, where real bool[T]."""
     marked = jnp.where(real, counts[slot, tokens] | IN_PROMPT, 0).astype(counts.dtype)
     return counts.at[slot, tokens].max(marked, mode="promise_in_bounds")
+
+
+def _of_shard(edits: Edits, across: Across, V: int) -> Edits:
+    """The edits in terms of the V ids of a shard: those of others are none."""
+    ids, first = ids_of(across, V), across.rank * V
+    allowed, counts, bias = edits.allowed, edits.counts, edits.bias
+    if allowed is not None:
+        words = -(-V // 32)
+        bit = first + jnp.arange(words * 32, dtype=jnp.int32)
+        bit = jnp.minimum(bit, allowed.shape[1] * 32 - 1)
+        on = (allowed[:, bit >> 5] >> (bit & 31).astype(jnp.uint32)) & 1  # [R, words * 32]
+        shifted = on.reshape(-1, words, 32) << jnp.arange(32, dtype=jnp.uint32)
+        allowed = jnp.sum(shifted, -1, dtype=jnp.uint32)
+    if counts is not None and counts.shape[1] > 1:
+        counts = counts[:, jnp.minimum(ids, counts.shape[1] - 1)]
+    if edits.bias_ids is not None and bias is not None:
+        at = edits.bias_ids - first
+        bias = jnp.where((at >= 0) & (at < V), bias, 0)
+    bad = edits.bad_words
+    if bad is not None:
+        bad = bad.at[:, :, -1].set(_shifted(bad[:, :, -1], first, V))
+    return replace(
+        edits,
+        allowed=allowed,
+        bad_words=bad,
+        stop_ids=None if edits.stop_ids is None else _shifted(edits.stop_ids, first, V),
+        bias_ids=None if edits.bias_ids is None else edits.bias_ids - first,
+        bias=bias,
+        counts=counts,
+    )
+
+
+def _shifted(ids: jax.Array, first: jax.Array, V: int) -> jax.Array:
+    """Ids of the vocabulary as places in a shard's part of it; -1 where they are not in it."""
+    at = ids - first
+    return jnp.where((ids >= 0) & (at >= 0) & (at < V), at, -1)
 
 
 def _forbid(logits: jax.Array, ids: jax.Array, where: jax.Array) -> jax.Array:

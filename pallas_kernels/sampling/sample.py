@@ -10,6 +10,14 @@ The largest of logits plus Gumbel noise is a draw from their softmax.
 import jax
 import jax.numpy as jnp
 
+from octavo.pallas_kernels.sampling.across import (
+    Across,
+    ids_of,
+    largest,
+    log_sum_exp,
+    total,
+    values_at,
+)
 from octavo.pallas_kernels.sampling.controls import GREEDY_BELOW, Controls
 from octavo.pallas_kernels.sampling.noise import gumbel
 from octavo.pallas_kernels.sampling.penalties import Edits, edit
@@ -24,67 +32,85 @@ def sample(
     edits: Edits | None = None,
     *,
     logprobs: bool = False,
+    across: Across | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens i32[R] and their log probabilities f32[R] under the logits as they came.
 
     logits f32[R, V], seed u32[R, 2], position i32[R] (of the token to be drawn, in its sequence).
-    Without `logprobs` the log probabilities are zeros and cost nothing.
+    Without `logprobs` the log probabilities are zeros and cost nothing. `across`: the logits are
+    one shard's part; tokens are the same on every shard.
     """
-    edited = logits if edits is None else edit(logits, controls, edits)
+    edited = logits if edits is None else edit(logits, controls, edits, across)
     tokens = jax.lax.cond(
         jnp.all(controls.temperature < GREEDY_BELOW),
-        lambda: argmax(edited),
-        lambda: draw(edited, controls, seed, position),
+        lambda: argmax(edited, across),
+        lambda: draw(edited, controls, seed, position, across),
     )
     if not logprobs:
         return tokens, jnp.zeros(tokens.shape, jnp.float32)
-    return tokens, _log_probability(logits, tokens)
+    return tokens, _at(logits, tokens, across) - log_sum_exp(across, logits)
 
 
-def draw(logits: jax.Array, controls: Controls, seed: jax.Array, position: jax.Array) -> jax.Array:
+def draw(
+    logits: jax.Array,
+    controls: Controls,
+    seed: jax.Array,
+    position: jax.Array,
+    across: Across | None = None,
+) -> jax.Array:
     """Tokens i32[R], of greedy rows too."""
     V = logits.shape[1]
     greedy = controls.temperature < GREEDY_BELOW
     scaled = logits / jnp.where(greedy, 1.0, controls.temperature)[:, None]
     # A greedy row has nothing to search for.
     top_k, top_p = jnp.where(greedy, 0, controls.top_k), jnp.where(greedy, 1.0, controls.top_p)
-    kept = threshold(scaled, top_k, top_p, controls.min_p)
-    noise = gumbel(seed, controls.choice, position, jnp.arange(V))
+    kept = threshold(scaled, top_k, top_p, controls.min_p, across)
+    noise = gumbel(seed, controls.choice, position, ids_of(across, V))
     noisy = jnp.where(scaled >= kept[:, None], scaled + noise, -jnp.inf)
-    return argmax(jnp.where(greedy[:, None], logits, noisy))
+    return argmax(jnp.where(greedy[:, None], logits, noisy), across)
 
 
 def top_logprobs(
-    logits: jax.Array, tokens: jax.Array, k: int
+    logits: jax.Array, tokens: jax.Array, k: int, across: Across | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The k likeliest and the chosen one, under log_softmax of logits f32[R, V].
 
     ids i32[R, k], logprobs f32[R, k], chosen f32[R] of tokens i32[R], rank i32[R] (1 is the
     likeliest; equals share the better rank). k is static and may be 0.
     """
-    total = jax.nn.logsumexp(logits, axis=-1)
-    values, ids = jax.lax.top_k(logits, k)
-    chosen = _at(logits, tokens)
-    rank = 1 + jnp.sum(logits > chosen[:, None], -1, dtype=jnp.int32)
-    return ids.astype(jnp.int32), values - total[:, None], chosen - total, rank
+    mass = log_sum_exp(across, logits)
+    values, ids = _top(logits, k, across)
+    chosen = _at(logits, tokens, across)
+    above = jnp.sum(logits > chosen[:, None], -1, dtype=jnp.int32)
+    return ids, values - mass[:, None], chosen - mass, 1 + total(across, above)
 
 
-def named_logprobs(logits: jax.Array, ids: jax.Array) -> jax.Array:
+def _top(logits: jax.Array, k: int, across: Across | None) -> tuple[jax.Array, jax.Array]:
+    """The k largest f32[R, k] and their ids i32[R, k]: of those that each shard found, the best."""
+    if across is None:
+        values, ids = jax.lax.top_k(logits, k)
+        return values, ids.astype(jnp.int32)
+    R, V = logits.shape
+    values, ids = jax.lax.top_k(logits, min(k, V))
+    every, of = across.all(values), across.all(ids.astype(jnp.int32) + across.rank * V)
+    every, of = (jnp.moveaxis(a, 0, 1).reshape(R, -1) for a in (every, of))
+    values, at = jax.lax.top_k(every, k)  # equals stay in the order of their ids
+    return values, jnp.take_along_axis(of, at, axis=1)
+
+
+def named_logprobs(logits: jax.Array, ids: jax.Array, across: Across | None = None) -> jax.Array:
     """f32[R, M] log_softmax of logits f32[R, V] at ids i32[R, M]."""
-    picked = jnp.take_along_axis(logits, ids, axis=1, mode="clip")
-    return picked - jax.nn.logsumexp(logits, axis=-1)[:, None]
+    return values_at(across, logits, ids) - log_sum_exp(across, logits)[:, None]
 
 
-def argmax(x: jax.Array) -> jax.Array:
+def argmax(x: jax.Array, across: Across | None = None) -> jax.Array:
     """i32[R], the first of equals. Two plain reductions: on CPU jnp.argmax is ten times slower."""
     V = x.shape[1]
-    places = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32), V - 1)
-    return places.min(-1)
+    last = V * (1 if across is None else across.count) - 1
+    top = largest(across, x.max(-1))
+    places = jnp.where(x == top[:, None], ids_of(across, V), last).min(-1)
+    return places if across is None else across.smallest(places)
 
 
-def _at(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")[:, 0]
-
-
-def _log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    return _at(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)
+def _at(logits: jax.Array, tokens: jax.Array, across: Across | None) -> jax.Array:
+    return values_at(across, logits, tokens[:, None])[:, 0]

@@ -20,33 +20,43 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from octavo.pallas_kernels.sampling.across import Across, largest, total
+
 LOWEST = -jnp.inf
 
 # lo, hi, how many logits are >= each, and which rows are done
 _Bracket = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
-def threshold(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+def threshold(
+    logits: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    min_p: jax.Array,
+    across: Across | None = None,
+) -> jax.Array:
     """f32[R]: row r keeps logits[r] >= threshold[r]; -inf where all controls of a row are off.
 
     logits f32[R, V] are scaled by the temperature already; -inf marks what is forbidden.
     """
-    top = logits.max(-1)
+    top = largest(across, logits.max(-1))
     kept = jnp.where(min_p > 0, top + jnp.log(jnp.maximum(min_p, 1e-38)), LOWEST)
-    kept = jnp.maximum(kept, top_k_threshold(logits, top_k, top))
+    kept = jnp.maximum(kept, top_k_threshold(logits, top_k, top, across))
     # Rounding must not lose the largest: with min_p = 1 it is all that stays.
     kept = jnp.minimum(kept, top)
     return jax.lax.cond(
-        jnp.any(top_p < 1), lambda: top_p_threshold(logits, top_p, top, kept), lambda: kept
+        jnp.any(top_p < 1), lambda: top_p_threshold(logits, top_p, top, kept, across), lambda: kept
     )
 
 
-def top_k_threshold(logits: jax.Array, top_k: jax.Array, top: jax.Array) -> jax.Array:
+def top_k_threshold(
+    logits: jax.Array, top_k: jax.Array, top: jax.Array, across: Across | None = None
+) -> jax.Array:
     """The k-th largest logit f32[R]; -inf where top_k i32[R] is below 1 or takes in all."""
-    V = logits.shape[1]
+    V = logits.shape[1] * (1 if across is None else across.count)
 
     def measure(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-        count = jnp.sum(logits >= at[:, None], -1, dtype=jnp.int32)
+        count = total(across, jnp.sum(logits >= at[:, None], -1, dtype=jnp.int32))
         return count, count
 
     off = (top_k < 1) | (top_k >= V)
@@ -55,7 +65,11 @@ def top_k_threshold(logits: jax.Array, top_k: jax.Array, top: jax.Array) -> jax.
 
 
 def top_p_threshold(
-    logits: jax.Array, top_p: jax.Array, top: jax.Array, kept: jax.Array
+    logits: jax.Array,
+    top_p: jax.Array,
+    top: jax.Array,
+    kept: jax.Array,
+    across: Across | None = None,
 ) -> jax.Array:
     """The smallest logit f32[R] that top-p keeps among those of at least `kept` f32[R]."""
     weight = jnp.exp(logits - top[:, None])
@@ -63,7 +77,7 @@ def top_p_threshold(
     def measure(at: jax.Array) -> tuple[jax.Array, jax.Array]:
         stays = logits >= at[:, None]
         mass = jnp.sum(jnp.where(stays, weight, 0.0), -1)
-        return mass, jnp.sum(stays, -1, dtype=jnp.int32)
+        return total(across, mass), total(across, jnp.sum(stays, -1, dtype=jnp.int32))
 
     mass, count = measure(kept)
     return _bisect(measure, top_p * mass, kept, top, count, top_p >= 1)

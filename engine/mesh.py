@@ -1,0 +1,132 @@
+"""Where arrays lie and programs run: on one device, or over a mesh of them.
+
+    data     copies of the model, each with its own slots and pages
+    expert   \\ one copy of the model, cut: attention, dense layers and vocabulary by both,
+    model    / experts by the first, their width by the second
+
+A program over a mesh is one `jax.shard_map` of the whole function, which sees one shard and is
+otherwise the program of one device. Slots, pages, plans and results are cut by `data` and the same
+on the rest; of the cache every device has its own part (its heads), and how the parts lie in it is
+the backend's affair: along the leading axis that every leaf of the state has, they only stand
+beside each other.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from octavo.engine.config import ConfigError
+from octavo.engine.state import EngineState
+from octavo.models.registry import Model
+from octavo.models.shards import SPLIT, Shards, placed
+from octavo.models.tensors import Tensor, flat_shape
+
+AXES = ("data", *SPLIT)
+ROWS = PartitionSpec("data")  # what belongs to slots: plans, tables, results
+STATE = EngineState(slots=ROWS, pages=ROWS, kv=PartitionSpec(AXES))  # type: ignore[arg-type]
+
+
+def shards_of(sizes: Mapping[str, int]) -> Shards:
+    """How a mesh of these sizes cuts one copy of a model."""
+    return Shards(model=sizes.get("model", 1), expert=sizes.get("expert", 1))
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
+    """The mesh over the first devices; None where it is one device. Raises ConfigError."""
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    count = int(np.prod(shape))
+    if count == 1:
+        return None
+    if count > len(devices):
+        wanted = ",".join(f"{axis}={n}" for axis, n in sizes.items())
+        raise ConfigError(
+            f"`mesh={wanted}` needs {count} devices, and {len(devices)} are here",
+            f"a mesh of at most {len(devices)}",
+        )
+    return Mesh(np.array(devices[:count]).reshape(shape), AXES)
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where a model's arrays lie; the mesh may be None, which is one device."""
+
+    mesh: Any
+    model: Model
+    here: Any = None  # without a mesh: the device's sharding where programs must name it
+    # Backend.stack_format: how weights of stacked layers lie there
+    stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
+
+    @cached_property
+    def params(self) -> Any:
+        """The tree of PartitionSpecs of the parameters."""
+        return jax.tree.map(lambda t: PartitionSpec(*placed(t.axes, t.flat)), self.model.tensors)
+
+    @cached_property
+    def head(self) -> Any:
+        """Those of the part that logits read."""
+        return self.model.head(self.params)
+
+    def program(self, function: Callable[..., Any], ins: tuple[Any, ...], out: Any) -> Any:
+        """`function` of one shard as a function of all; ins and out are trees of PartitionSpecs."""
+        if self.mesh is None:
+            return function
+        return jax.shard_map(function, mesh=self.mesh, in_specs=ins, out_specs=out, check_vma=False)
+
+    def abstract(self, tree: Any, specs: Any) -> Any:
+        """The ShapeDtypeStructs of `tree`, with the places of `specs` (a prefix of it)."""
+
+        def part(spec: PartitionSpec, below: Any) -> Any:
+            place = self._sharding(spec)
+            return jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), below
+            )
+
+        leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+        return jax.tree.map(part, specs, tree, is_leaf=leaf)
+
+    def abstract_weights(self, params: Any) -> Any:
+        """The ShapeDtypeStructs of the parameters, in their places and formats."""
+
+        def leaf(t: Tensor, a: Any, spec: PartitionSpec) -> Any:
+            place = self._sharding(spec)
+            if t.axes.startswith("L ") and place is not None:
+                place = self.stack_format(len(a.shape), place)
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+
+        return jax.tree.map(leaf, self.model.tensors, params, self.params)
+
+    def _sharding(self, spec: PartitionSpec) -> Any:
+        return self.here if self.mesh is None else NamedSharding(self.mesh, spec)
+
+    def put(self, array: np.ndarray) -> jax.Array:
+        """Something that belongs to slots, with its leading data axis."""
+        if self.mesh is None:
+            return jax.device_put(array)
+        return jax.device_put(array, NamedSharding(self.mesh, ROWS))
+
+    def put_weight(self, array: np.ndarray, tensor: Tensor) -> jax.Array:
+        """A parameter: each device gets its part."""
+        if self.mesh is None:
+            return jax.device_put(array.reshape(flat_shape(tensor, array.shape)))
+        cut = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes)))
+        if not tensor.flat:
+            return jax.device_put(array, cut)
+        # Each device's part is made flat by itself: gate and up of its columns side by side.
+        parts = [
+            jax.device_put(part.reshape(flat_shape(tensor, part.shape)), device)
+            for device, index in cut.addressable_devices_indices_map(array.shape).items()
+            for part in [array[index]]
+        ]
+        place = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes, tensor.flat)))
+        shape = flat_shape(tensor, array.shape)
+        return jax.make_array_from_single_device_arrays(shape, place, parts)
+
+    @property
+    def key(self) -> object:
+        """What decides a program besides its function and shapes, for a name on disk."""
+        return None if self.mesh is None else tuple(self.mesh.shape.items())
