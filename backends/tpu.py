@@ -28,8 +28,9 @@ PAGE = 32  # one tile of 8-bit keys; larger pages gain less than 5 % of a decode
 
 def backend(reason: str) -> Backend:
     """The record of the TPUs that are here."""
-    devices = tuple(jax.devices("tpu"))
-    return record(reason, devices, _free_memory(devices[0]), chip_of(devices[0].device_kind))
+    device = jax.local_devices(backend="tpu")[0]
+    chip = chip_of(device.device_kind)
+    return record(reason, tuple(jax.devices("tpu")), _free_memory(device), chip)
 
 
 def record(

@@ -61,12 +61,17 @@ def assemble(
     config: EngineConfig,
     progress: Progress | None = None,
     decided: Callable[[Backend, Resolved], None] | None = None,
+    agree: Callable[[Backend], Backend] | None = None,
 ) -> Parts:
     """Open the checkpoint, decide every size, load the weights.
 
-    `decided` is called between the last two: from there on everything can be compiled.
+    `decided` is called between the last two: from there on everything can be compiled. `agree`
+    changes the backend to one that every host can go along with.
     """
-    backend = select(config.device, devices_of(config.mesh))
+    hosts = int(config.hosts)
+    backend = select(config.device, devices_of(config.mesh) // hosts)
+    if agree is not None:
+        backend = agree(backend)
     with refusals(), closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
         if decided is not None:

@@ -250,7 +250,7 @@ class Programs:
         """Decode steps that are one program, where a dispatch is what a step waits for."""
         if not self.machine.backend.whole_steps:
             return []
-        place, out = self.placement, (STATE, ROWS, ROWS)
+        place = self.placement
         ins = (place.params, STATE)
         return [
             Job(
