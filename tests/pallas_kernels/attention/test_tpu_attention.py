@@ -20,7 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from octavo.pallas_kernels.attention import cases, reference, tpu
 from octavo.pallas_kernels.attention.cases import Case
-from octavo.pallas_kernels.attention.tpu_layout import Layout
+from octavo.pallas_kernels.attention.tpu_decode import chunk_tokens
+from octavo.pallas_kernels.attention.tpu_layout import Layout, divide
 
 RANDOM_STEPS = int(os.environ.get("TPU_RANDOM_STEPS", "25"))
 
@@ -219,3 +220,36 @@ def test_layouts_bring_queries_to_their_own_heads() -> None:
         assert spread.shape == (3, layout.units, layout.rows, layout.lanes)
         if not layout.shared:
             assert jnp.array_equal(layout.heads(spread), q)
+
+
+@pytest.mark.parametrize(
+    "work, parts, first",
+    [
+        ([4, 4, 0], 2, [0, 1, 2]),
+        ([8, 0, 0], 2, [0, 0, 1]),
+        ([10, 1, 1], 2, [0, 1, 3]),
+        ([1, 1, 10], 2, [0, 2, 3]),
+        ([0, 0, 0], 2, [0, 0, 0]),
+        ([3, 3, 3], 1, [0, 3]),
+    ],
+    ids=str,
+)
+def test_cores_get_runs_of_about_the_same_work(
+    work: list[int], parts: int, first: list[int]
+) -> None:
+    used = sum(x > 0 for x in work)
+    assert divide(jnp.asarray(work), jnp.int32(used), parts).tolist() == first
+
+
+def test_the_chips_that_differ_are_known_by_both_of_their_names() -> None:
+    assert tpu.chip("TPU v5") == tpu.chip("v5p") == tpu.chip("TPU v4") == {"cores": 2}
+    assert tpu.chip("TPU v5 lite") == tpu.chip("v5e") == tpu.chip("TPU v6 lite") == {}
+    assert tpu.chip("TPU7x") == tpu.chip("tpu7x") == {"native": ("float8_e4m3fn",)}
+
+
+def test_more_tokens_are_taken_at_once_where_heads_are_few_and_rows_long() -> None:
+    llama, qwen = Layout(8, 4, 128), Layout(2, 7, 64)
+    assert chunk_tokens(llama, 16, "bfloat16", 1 << 17) == 1024
+    assert chunk_tokens(llama, 16, "bfloat16", 1024) == 512
+    assert chunk_tokens(qwen, 16, "bfloat16", 1 << 17) == 2048
+    assert chunk_tokens(Layout(32, 1, 256), 16, "bfloat16", 1 << 17) == 128
