@@ -5,7 +5,8 @@ from contextlib import suppress
 
 import jax
 
-from octavo.backends import cpu, gpu, tpu
+from octavo.backends import cpu, gpu, gpu_choices, tpu
+from octavo.backends.neuron import choose
 from octavo.backends.record import Backend, BackendError
 
 
@@ -37,7 +38,8 @@ def select(device: str = "auto", count: int = 1) -> Backend:
                 f"no gpu is visible to jax, which found {found}; "
                 "install octavo[cuda], or use --device cpu"
             )
-        return gpu.backend(f"gpu: our own paged attention, XLA for the rest ({asked})")
+        choices = gpu_choices.read(os.environ.get(gpu_choices.VARIABLE, ""))
+        return gpu.backend(f"gpu: our own paged attention, XLA for the rest ({asked})", choices)
     if device == "tpu":
         if found != "tpu":
             raise BackendError(
@@ -45,4 +47,6 @@ def select(device: str = "auto", count: int = 1) -> Backend:
                 "install octavo[tpu] on a TPU VM, or use --device cpu"
             )
         return tpu.backend(f"tpu: our own paged attention, XLA for the rest ({asked})")
+    if device == "neuron":
+        return choose.backend(asked)
     raise BackendError(f"no backend record for {device} yet; use --device cpu")

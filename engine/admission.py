@@ -12,7 +12,6 @@ from octavo.engine.plan import (
     ADMISSIONS,
     BIAS_IDS,
     BIAS_VALUES,
-    CHUNKS,
     HISTORY,
     PIECES,
     Admission,
@@ -38,7 +37,7 @@ def admit(
     shared_room = dims.returns
     while budget > 0 and host.free_slots and len(draft.admissions) < ADMISSIONS:
         sequence = host.peek()
-        if sequence is None or len(chunks) == CHUNKS or host.stopping:
+        if sequence is None or len(chunks) == host.limits.chunks or host.stopping:
             return
         tokens = sequence.tokens
         bias = sequence.request.sampling.logit_bias or {}

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from octavo.backends.record import CACHE_DTYPES, Backend
 from octavo.backends.select import select
@@ -59,24 +61,24 @@ def assemble(
     config: EngineConfig,
     progress: Progress | None = None,
     decided: Callable[[Backend, Resolved], None] | None = None,
+    agree: Callable[[Backend], Backend] | None = None,
 ) -> Parts:
     """Open the checkpoint, decide every size, load the weights.
 
-    `decided` is called between the last two: from there on everything can be compiled.
+    `decided` is called between the last two: from there on everything can be compiled. `agree`
+    changes the backend to one that every host can go along with.
     """
-    backend = select(config.device, devices_of(config.mesh))
+    hosts = int(config.hosts)
+    backend = select(config.device, devices_of(config.mesh) // hosts)
+    if agree is not None:
+        backend = agree(backend)
     with refusals(), closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
         if decided is not None:
             decided(backend, resolved)
         began = time.perf_counter()
-        params = load_weights(
-            config,
-            checkpoint,
-            Placement(resolved.mesh, resolved.model, stack_format=backend.stack_format),
-            resolved.dtype,
-            progress,
-        )
+        place = Placement(resolved.mesh, resolved.model, None, backend.stack_format, backend.put)
+        params = load_weights(config, checkpoint, place, resolved.dtype, progress)
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
     return Parts(backend, resolved, params, eos, time.perf_counter() - began, vocabulary)
@@ -104,9 +106,12 @@ def load_weights(
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
-        if place.mesh is None:
-            return load(checkpoint.path, model.abstract_params(dtype))
-        return load_over(place, checkpoint.path, dtype)
+        if place.mesh is not None:
+            return load_over(place, checkpoint.path, dtype)
+        params = load(checkpoint.path, model.abstract_params(dtype))
+        if place.put_here is jax.device_put:
+            return params
+        return jax.tree.map(lambda leaf: place.put_here(np.asarray(leaf)), params)
     report = None
     if progress is not None:
 
@@ -166,6 +171,9 @@ def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:
         by_priority=config.scheduling_policy == "priority",
         steps=resolved.steps,
         several_rows=resolved.several_rows,
+        apart=not resolved.mixed,
+        chunks=resolved.chunks,
+        context_buckets=resolved.context_buckets,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from octavo.engine.messages import ITERATION_TOKENS
-from octavo.engine.plan import Draft
+from octavo.engine.plan import CHUNKS, Draft
 from octavo.engine.pool import Pool
 from octavo.engine.sequence import Phase, Sequence
 from octavo.engine.state import STOP_IDS, Dims
@@ -32,6 +32,8 @@ class Limits:
     apart: bool = False  # prefill and decode cannot share a program: they take turns
     steps: int = 1  # decode steps that one program may hold; see octavo.engine.several
     several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
+    chunks: int = CHUNKS  # prompt chunks in one step
+    context_buckets: tuple[int, ...] = ()  # pages that a program looks at; empty: all it could
 
 
 @dataclass(eq=False, slots=True)
@@ -67,6 +69,7 @@ class Launch:
     rich: bool  # log probabilities beside the tokens
     masked: bool  # the mask needs every token before this step
     scored: bool  # prompt log probabilities
+    context: int = 0  # pages per slot that the program looks at; 0 is all
     greedy: bool = False  # every row takes the likeliest token: the shortest program
     followers: list[Flight] = field(default_factory=list)  # more decode steps in the same program
 
@@ -124,6 +127,7 @@ class Host:
         self.flights: deque[Flight] = deque()
         self.counters = Counters()
         self.serials = 0
+        self.ran_prompts = False  # the last step ran prompts
 
     @property
     def in_flight(self) -> int:

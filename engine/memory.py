@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from octavo.backends.record import Backend, cache_dtype
 from octavo.engine.config import ConfigError, EngineConfig, parse_mesh
 from octavo.engine.mesh import make_mesh, shards_of
-from octavo.engine.plan import plan_size
+from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.state import BIAS, Dims, PageGroup
 from octavo.models.config import ModelConfig
 from octavo.models.load import param_bytes
@@ -87,6 +87,9 @@ class Resolved:
     mesh: Any = None  # jax.sharding.Mesh; None is one device
     steps: int = 1  # decode steps in one program
     several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
+    mixed: bool = True  # see backends.record
+    chunks: int = CHUNKS  # prompt chunks in one step
+    context_buckets: tuple[int, ...] = ()  # pages that a program looks at
 
 
 def size(count: float) -> str:
@@ -103,8 +106,7 @@ def resolve(
     """Decide every size. `model` replaces the one that `facts` would build (benches)."""
     if why := backend.why_not(config):
         raise ConfigError(why)
-    sizes = _axes(config)
-    mesh = make_mesh(sizes, backend.devices)
+    mesh = make_mesh(sizes := _axes(config), backend.devices)
     dtype = jnp.dtype(backend.dtype if config.dtype == "auto" else config.dtype)
     kv_dtype = jnp.dtype(cache_dtype(config, backend.dtype))
     facts = replace(facts, kv_scales=kv_dtype.itemsize == 1)
@@ -114,7 +116,9 @@ def resolve(
     budget = config.max_num_batched_tokens or backend.max_num_batched_tokens
     whole = 1 << (longest - 1).bit_length()
     budget = min(budget, whole * (1 if config.max_num_batched_tokens else min(seqs, PROMPTS)))
-    limit = backend.memory_limit() // (mesh.size if mesh and backend.shared_memory else 1)
+    limit = backend.memory_limit() // (
+        len(mesh.local_devices) if mesh and backend.shared_memory else 1
+    )
     while True:
         built = model or build(facts, longest, shards_of(sizes), stacked=backend.stacked)
         weights = param_bytes(built, dtype)
@@ -158,6 +162,9 @@ def resolve(
         mesh=mesh,
         steps=steps,
         several_rows=rows if steps > 1 else (),
+        mixed=backend.mixed,
+        chunks=backend.most_chunks or CHUNKS,
+        context_buckets=backend.context_buckets(dims.pages_per_slot),
     )
 
 

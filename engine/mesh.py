@@ -60,6 +60,7 @@ class Placement:
     here: Any = None  # without a mesh: the device's sharding where programs must name it
     # Backend.stack_format: how weights of stacked layers lie there
     stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
+    put_here: Callable[[np.ndarray], Any] = jax.device_put  # Backend.put, without a mesh
 
     @cached_property
     def params(self) -> Any:
@@ -106,16 +107,16 @@ class Placement:
     def put(self, array: np.ndarray) -> jax.Array:
         """Something that belongs to slots, with its leading data axis."""
         if self.mesh is None:
-            return jax.device_put(array)
-        return jax.device_put(array, NamedSharding(self.mesh, ROWS))
+            return self.put_here(array)
+        return self._put(array, ROWS)
 
     def put_weight(self, array: np.ndarray, tensor: Tensor) -> jax.Array:
         """A parameter: each device gets its part."""
         if self.mesh is None:
-            return jax.device_put(array.reshape(flat_shape(tensor, array.shape)))
+            return self.put_here(array.reshape(flat_shape(tensor, array.shape)))
         cut = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes)))
         if not tensor.flat:
-            return jax.device_put(array, cut)
+            return self._put(array, cut.spec)
         # Each device's part is made flat by itself: gate and up of its columns side by side.
         parts = [
             jax.device_put(part.reshape(flat_shape(tensor, part.shape)), device)
@@ -126,7 +127,21 @@ class Placement:
         shape = flat_shape(tensor, array.shape)
         return jax.make_array_from_single_device_arrays(shape, place, parts)
 
+    def _put(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
+        place = NamedSharding(self.mesh, spec)
+        if self.mesh.is_multi_process:  # device_put would ask the other hosts if theirs is equal
+            return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
+        return jax.device_put(array, place)
+
     @property
     def key(self) -> object:
         """What decides a program besides its function and shapes, for a name on disk."""
-        return None if self.mesh is None else tuple(self.mesh.shape.items())
+        if self.mesh is None:
+            return None
+        hosts = (jax.process_count(), jax.process_index()) if self.mesh.is_multi_process else ()
+        return (*self.mesh.shape.items(), *hosts)
+
+    @property
+    def shards(self) -> int:
+        """How often the leading axis of what belongs to slots is cut."""
+        return 1 if self.mesh is None else self.mesh.shape["data"]

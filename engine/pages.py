@@ -2,8 +2,7 @@
 
 Only the device pops; only the host decides, by id, what is pushed back. The functions use few
 operations, so that every backend compiles them: shifts and masks instead of division, flat
-in-bounds indices, no sort, no cond. A table cell outside [first, held) is 0, which lets every
-masked write be an addition of 0 to some cell in bounds.
+in-bounds indices, no sort, no cond. A table cell outside [first, held) is 0.
 """
 
 from dataclasses import replace
@@ -11,6 +10,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from octavo.engine.arrays import copy_row, put, put_where, running_sum, take
 from octavo.engine.state import PageState
 
 
@@ -19,7 +19,8 @@ def push(pages: PageState, ids: jax.Array, count: jax.Array) -> PageState:
 
     ids i32[U] (the rest is garbage that lands above the top, where nothing is read), count i32[].
     """
-    stack = jax.lax.dynamic_update_slice(pages.free_stack, ids, (pages.free_top,))
+    cell = pages.free_top + jnp.arange(ids.shape[0], dtype=jnp.int32)
+    stack = put(pages.free_stack, cell, ids)
     return replace(pages, free_stack=stack, free_top=pages.free_top + count)
 
 
@@ -49,13 +50,12 @@ def share(
     slots, per_slot = pages.table.shape
     first, held = jnp.where(used, first, 0), jnp.where(used, held, 0)
     count = held - first  # [A]
-    end = jnp.cumsum(count)
+    end = running_sum(count)
     entry = jnp.arange(ids.shape[0], dtype=jnp.int32)
     owner = jnp.minimum(jnp.sum(entry[:, None] >= end[None, :], axis=1), slot.shape[0] - 1)  # [U]
     valid = entry < end[-1]
-    cell = slot[owner] * per_slot + first[owner] + entry - (end - count)[owner]
-    cell = jnp.where(valid, cell, 0)
-    table = pages.table.reshape(-1).at[cell].add(jnp.where(valid, ids, 0))
+    cell = take(slot * per_slot + first - (end - count), owner) + entry
+    table = put_where(pages.table.reshape(-1), cell, valid, ids)
     onehot = used[:, None] & (
         slot[:, None] == jnp.arange(slots, dtype=jnp.int32)[None, :]
     )  # [A, B]
@@ -89,17 +89,20 @@ def grow(
     slots, per_slot = pages.table.shape
     mask = (1 << shift) - 1
     index = position >> shift
-    new = (real & ((position & mask) == 0) & (index >= pages.held[slot])).astype(jnp.int32)
-    rank = jnp.cumsum(new) - new
-    page = pages.free_stack[jnp.maximum(pages.free_top - 1 - rank, 0)] * new
+    begins = real & ((position & mask) == 0) & (index >= take(pages.held, slot))
+    new = begins.astype(jnp.int32)
+    rank = running_sum(new) - new
+    page = take(pages.free_stack, jnp.maximum(pages.free_top - 1 - rank, 0))
     cell = jnp.where(real, slot * per_slot + index, 0)
-    table = pages.table.reshape(-1).at[cell].add(page)
-    count = jnp.sum(new)
-    dest = jnp.where(real, (table[cell] << shift) + (position & mask), position & mask)
+    table = put_where(pages.table.reshape(-1), cell, begins, page)
+    count = jnp.sum(new, dtype=jnp.int32)
+    offset = position & mask
+    dest = jnp.where(real, take(table, cell) * (1 << shift) + offset, offset)
+    owns = slot[:, None] == jnp.arange(slots, dtype=jnp.int32)[None, :]  # [N, B]
     pages = replace(
         pages,
         table=table.reshape(slots, per_slot),
-        held=pages.held.at[slot].add(new),
+        held=pages.held + jnp.sum(jnp.where(owns, new[:, None], 0), axis=0),
         free_top=pages.free_top - count,
     )
     return pages, dest, count
@@ -110,11 +113,11 @@ def move_rows(pages: PageState, src: jax.Array, dst: jax.Array) -> PageState:
 
     What dst held before is forgotten: the host moves onto empty slots only.
     """
-
-    def copy(leaf: jax.Array) -> jax.Array:
-        row = jax.lax.dynamic_index_in_dim(leaf, src, keepdims=True)
-        return jax.lax.dynamic_update_slice_in_dim(leaf, row, dst, axis=0)
-
-    moved = replace(pages, table=copy(pages.table), first=copy(pages.first), held=copy(pages.held))
+    moved = replace(
+        pages,
+        table=copy_row(pages.table, src, dst),
+        first=copy_row(pages.first, src, dst),
+        held=copy_row(pages.held, src, dst),
+    )
     rows = jnp.arange(pages.table.shape[0], dtype=jnp.int32)
     return clear(moved, (rows == src) & (src != dst))

@@ -11,7 +11,7 @@ import numpy as np
 
 from octavo.engine.admission import admit
 from octavo.engine.host import Flight, Host, Launch
-from octavo.engine.plan import CHUNKS, MOVES, Chunk, Draft
+from octavo.engine.plan import MOVES, Chunk, Draft
 from octavo.engine.sequence import Phase, Sequence
 
 # Finished rows are cleared lazily: an edit of their own is worth it only for many pages at once.
@@ -24,10 +24,12 @@ def schedule(host: Host) -> Launch | None:
     """Decide the next step, or None: nothing to do, or the pages must come back first."""
     draft = Draft(returned=[[] for _ in host.pools])
     chunks: list[tuple[Sequence, int, int, bool]] = []
-    budget = host.limits.token_buckets[-1]
-    budget -= _continue_prompts(host, chunks, budget)
-    admit(host, draft, chunks, budget)
-    _trim(host, chunks)
+    turn = host.limits.apart and host.ran_prompts and bool(host.decoding.any())
+    if not turn:
+        budget = host.limits.token_buckets[-1]
+        budget -= _continue_prompts(host, chunks, budget)
+        admit(host, draft, chunks, budget)
+        _trim(host, chunks)
     if not make_room(host, chunks):
         windows = _windows(host, draft, least=1)
         if draft.edits() or host.stopping or any(pool.returns for pool in host.pools):
@@ -63,7 +65,7 @@ def _continue_prompts(
         start = int(host.sent[sequence.slot])
         left = int(host.known[sequence.slot]) - start
         count = min(left, budget - used)
-        if count <= 0 or len(chunks) == CHUNKS:
+        if count <= 0 or len(chunks) == host.limits.chunks:
             break
         chunks.append((sequence, start, count, count == left))
         used += count
@@ -280,6 +282,7 @@ def _launch(
         rich=any(s.wants_logprobs for s in asking),
         masked=any(s.masked for s in asking),
         scored=any(s.wants_prompt_logprobs for s, _, _, _ in chunks),
+        context=_context(host, chunks, decoding),
         greedy=not bool((host.choosy[:rows] & decoding[:rows]).any())
         and not any(s.choosy for s in finals),
     )
@@ -287,7 +290,21 @@ def _launch(
         pool.bound -= take
     advance(host, chunks, decoding)
     host.counters.steps += 1
+    host.ran_prompts = bool(chunks)
     return launch
+
+
+def _context(
+    host: Host, chunks: list[tuple[Sequence, int, int, bool]], decoding: np.ndarray
+) -> int:
+    """The pages that this step's programs must look at; 0 is all."""
+    buckets, mask = host.limits.context_buckets, host.limits.dims.page_size - 1
+    if len(buckets) < 2:
+        return 0
+    longest = int(np.max(host.sent, where=decoding, initial=0)) + 1
+    longest = max(longest, *(start + count for _, start, count, _ in chunks), 0)
+    pages = bucket(buckets, (longest + mask) >> host.limits.dims.shift)
+    return 0 if pages == buckets[-1] else pages
 
 
 def advance(

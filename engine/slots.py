@@ -5,10 +5,11 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from octavo.engine.arrays import add, copy_row, put, running_sum, some, take
 from octavo.engine.plan import BIAS_IDS, BIAS_VALUES, HISTORY, SCALARS, Plan
 from octavo.engine.state import SlotState
 
-IN_PROMPT = 0x8000  # bit 15 of SlotState.counts
+IN_PROMPT = 0.5  # of SlotState.counts
 
 
 def stop(slots: SlotState, which: jax.Array) -> SlotState:
@@ -18,12 +19,7 @@ def stop(slots: SlotState, which: jax.Array) -> SlotState:
 
 def move_rows(slots: SlotState, src: jax.Array, dst: jax.Array) -> SlotState:
     """Row dst becomes row src, and src is idle after. i32[]; src == dst changes nothing."""
-
-    def copy(leaf: jax.Array) -> jax.Array:
-        row = jax.lax.dynamic_index_in_dim(leaf, src, keepdims=True)
-        return jax.lax.dynamic_update_slice_in_dim(leaf, row, dst, axis=0)
-
-    moved = jax.tree.map(copy, slots)
+    moved = jax.tree.map(lambda leaf: copy_row(leaf, src, dst), slots)
     rows = jnp.arange(slots.active.shape[0], dtype=jnp.int32)
     return stop(moved, (rows == src) & (src != dst))
 
@@ -33,7 +29,7 @@ def admit(slots: SlotState, plan: Plan) -> SlotState:
     column = {name: plan.admission[:, i] for i, name in enumerate(SCALARS)}  # each i32[A]
     rows = jnp.arange(slots.active.shape[0], dtype=jnp.int32)
     onehot = column["slot"][:, None] == rows[None, :]  # [A, B]; slot -1 matches none
-    taken = jnp.any(onehot, axis=0)  # [B]
+    taken = some(onehot, axis=0)  # [B]
 
     def place(old: jax.Array, new: jax.Array) -> jax.Array:
         """new [A, ...] into the rows of old [B, ...] that were taken."""
@@ -58,7 +54,7 @@ def admit(slots: SlotState, plan: Plan) -> SlotState:
         stop_ids=place(slots.stop_ids, plan.stop_ids),
         sampling=place(slots.sampling, plan.sampling),
         seed=place(slots.seed, seed),
-        counts=jnp.where(taken[:, None], jnp.uint16(0), slots.counts),
+        counts=jnp.where(taken[:, None], jnp.float32(0), slots.counts),
         bias=jnp.where(spared, nothing, slots.bias),
     )
 
@@ -66,19 +62,19 @@ def admit(slots: SlotState, plan: Plan) -> SlotState:
 def upload(slots: SlotState, plan: Plan) -> SlotState:
     """Write the tokens and biases that a plan carries for its newly admitted slots."""
     slot, offset, count, kind = (plan.piece[:, i] for i in range(4))  # each i32[PIECES]
-    end = jnp.cumsum(count)
+    end = running_sum(count)
     entry = jnp.arange(plan.upload.shape[0], dtype=jnp.int32)
     owner = jnp.minimum(jnp.sum(entry[:, None] >= end[None, :], axis=1), slot.shape[0] - 1)
     real = entry < end[-1]
-    column = offset[owner] + entry - (end - count)[owner]
-    row = slot[owner]
+    column = take(offset - (end - count), owner) + entry
+    row, kinds = take(slot, owner), take(kind, owner)
     trash = slots.active.shape[0]  # the row that takes padding
 
     def scatter(leaf: jax.Array, which: int, values: jax.Array) -> jax.Array:
         width = leaf.shape[1]
-        mine = real & (kind[owner] == which)
+        mine = real & (kinds == which)
         cell = jnp.where(mine, row * width + column, trash * width)
-        return leaf.reshape(-1).at[cell].set(values).reshape(leaf.shape)
+        return put(leaf.reshape(-1), cell, values).reshape(leaf.shape)
 
     return replace(
         slots,
@@ -87,7 +83,7 @@ def upload(slots: SlotState, plan: Plan) -> SlotState:
         bias=scatter(
             slots.bias, BIAS_VALUES, jax.lax.bitcast_convert_type(plan.upload, jnp.float32)
         ),
-        counts=_count(slots, row, column, plan.upload, real & (kind[owner] == HISTORY)),
+        counts=_count(slots, row, column, plan.upload, real & (kinds == HISTORY)),
     )
 
 
@@ -99,8 +95,12 @@ def _count(
     if vocab == 1:  # penalties are off
         return slots.counts
     cell = jnp.where(mine, row * vocab + jnp.clip(token, 0, vocab - 1), 0)
-    prompt = mine & (column < slots.prompt_len[row])
+    prompt = mine & (column < take(slots.prompt_len, jnp.where(mine, row, 0)))
     flat = slots.counts.reshape(-1)
-    flat = flat.at[cell].max(jnp.where(prompt, jnp.uint16(IN_PROMPT), jnp.uint16(0)))
-    flat = flat.at[cell].add((mine & ~prompt).astype(jnp.uint16))
+    # Counts have no cell for padding. So what is no prompt token marks one that is, again.
+    spare = jnp.max(jnp.where(prompt, cell, -1))
+    marked = jnp.where(prompt, cell, jnp.maximum(spare, 0))
+    old = take(flat, marked)
+    flat = put(flat, marked, jnp.where(spare < 0, old, jnp.floor(old) + IN_PROMPT))
+    flat = add(flat, cell, (mine & ~prompt).astype(jnp.float32))
     return flat.reshape(slots.counts.shape)

@@ -50,7 +50,7 @@ class SlotState:
     seed: jax.Array  # u32[B, 2] the request's seed, low half first
     adapter: jax.Array  # i32[B] 0 is the base model
     history: jax.Array  # i32[B + 1, X] the tokens by position; valid up to `length` (and `last`)
-    counts: jax.Array  # u16[B, V] bit 15: in the prompt; the rest: times generated
+    counts: jax.Array  # f32[B, V] times generated, and a half where the token is in the prompt
     bias_ids: jax.Array  # i32[B + 1, BIAS]
     bias: jax.Array  # f32[B + 1, BIAS] added to the logits of bias_ids; 0 pads
 
@@ -132,7 +132,7 @@ def empty_slots(dims: Dims) -> SlotState:
         seed=zeros(slots, 2, dtype=jnp.uint32),
         adapter=zeros(slots),
         history=zeros(slots + 1, dims.max_len),
-        counts=zeros(slots, dims.vocab if dims.counts else 1, dtype=jnp.uint16),
+        counts=zeros(slots, dims.vocab if dims.counts else 1, dtype=jnp.float32),
         bias_ids=zeros(slots + 1, BIAS),
         bias=zeros(slots + 1, BIAS, dtype=jnp.float32),
     )

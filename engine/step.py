@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from octavo.backends.record import Backend
 from octavo.engine import pages as page_ops
 from octavo.engine import slots as slot_ops
+from octavo.engine.arrays import put, running_sum, some, take
 from octavo.engine.plan import CHUNKS, chunk_segment, unpack
 from octavo.engine.state import BY_STOP, FINISHED, LIVE, Dims, EngineState, PageState, SlotState
 from octavo.models.ops import AttentionSpec, Ops
@@ -55,7 +56,7 @@ class Passed:
     """What a forward pass hands to sampling."""
 
     hidden: jax.Array  # [R, E] of each row's last token
-    chunk_hidden: jax.Array  # [T, E] of the chunk tokens; [0, E] where nobody asks
+    chunk_hidden: jax.Array | None  # [T, E] of the chunk tokens; None where there are none
     live: jax.Array  # bool[R] the row's hidden state is to be sampled
 
 
@@ -86,12 +87,30 @@ def _ops(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | No
             **extra,
         )
 
+    def attend_packed(
+        mixed: jax.Array,
+        turn: tuple[jax.Array, jax.Array],
+        norms: tuple[jax.Array, jax.Array] | None,
+        cache: Any,
+        spec: AttentionSpec,
+        eps: float,
+        offset: float,
+        **extra: Any,
+    ) -> tuple[jax.Array, Any] | None:
+        extra |= {"window": spec.layer.window, "scale": spec.scale, "softcap": spec.softcap}
+        batch = batches[spec.layer.group]
+        return backend.attend_packed(
+            mixed, turn, norms, cache, batch, eps=eps, offset=offset, **extra
+        )
+
     return Ops(
         attend=attend,
         linear=backend.linear,
         grouped_linear=backend.grouped_linear,
         layers=backend.layers,
+        attend_packed=attend_packed,
         across=across,
+        dense_experts=backend.dense_experts,
     )
 
 
@@ -102,7 +121,7 @@ def edit(
     plan = unpack(machine.dims, vector)
     slots, groups = slot_ops.stop(slots, plan.stop), list(pages)
     rows = jnp.arange(machine.dims.slots, dtype=jnp.int32)
-    admitted = jnp.any(plan.admission[:, :1] == rows[None, :], axis=0)
+    admitted = some(plan.admission[:, :1] == rows[None, :], axis=0)
     for g, group in enumerate(groups):
         group = page_ops.clear(group, plan.stop)
         for i in range(plan.move_src.shape[0]):
@@ -137,20 +156,21 @@ class _Tokens:
 
 
 def _tokens(slots: SlotState, chunk: jax.Array, rows: int, tokens: int) -> _Tokens:
-    """Lay out the decode rows' tokens, then the chunks'."""
+    """Lay out the tokens of `rows` decode rows, then the chunks'."""
     row = jnp.arange(rows, dtype=jnp.int32)
     token, position, slot = slots.last[:rows, 0], slots.length[:rows], row
     real = slots.active[:rows]
-    end = jnp.cumsum(chunk[:, 2])
+    end = running_sum(chunk[:, 2])
     if tokens:
         entry = jnp.arange(tokens, dtype=jnp.int32)
         owner = jnp.sum(entry[:, None] >= end[None, :], axis=1)  # [T]
         valid = entry < end[-1]
         owner = jnp.minimum(owner, chunk.shape[0] - 1)
-        where = jnp.where(valid, chunk[owner, 0], 0)
-        at = jnp.where(valid, chunk[owner, 1] + entry - (end - chunk[:, 2])[owner], 0)
+        where = jnp.where(valid, take(chunk[:, 0], owner), 0)
+        first = take(chunk[:, 1] - (end - chunk[:, 2]), owner)
+        at = jnp.where(valid, first + entry, 0)
         width = slots.history.shape[1]
-        token = jnp.concatenate([token, slots.history.reshape(-1)[where * width + at]])
+        token = jnp.concatenate([token, take(slots.history.reshape(-1), where * width + at)])
         position = jnp.concatenate([position, at])
         slot = jnp.concatenate([slot, where])
         real = jnp.concatenate([real, valid])
@@ -172,16 +192,22 @@ def forward(
     *,
     rows: int,
     tokens: int,
+    context: int = 0,
 ) -> tuple[EngineState, Passed, jax.Array]:
     """Run R decode rows and T chunk tokens; vector may be None where T is 0.
+
+    Where the backend keeps the two apart, a program with T > 0 decodes nothing; its R rows are
+    those that may be sampled. context: no slot's tokens reach past that many pages; 0 is any.
 
     Returns the state with keys, values, pages and lengths advanced, what sampling needs, and the
     pages taken, one i32 vector:  per group: free_top after, count, then the pages [R + T / S +
     CHUNKS].
     """
-    dims, slots = machine.dims, state.slots
+    dims, slots, backend = machine.dims, state.slots, machine.backend
     chunk = jnp.zeros((CHUNKS, 4), jnp.int32) if vector is None else chunk_segment(dims, vector)
-    flat = _tokens(slots, chunk, rows, tokens)
+    chunk = chunk[: backend.most_chunks or CHUNKS]
+    decode = rows if backend.mixed or not tokens else 0
+    flat = _tokens(slots, chunk, decode, tokens)
     groups, batches, taken = [], [], []
     capacity = taken_capacity(dims, rows, tokens)
     for pages in state.pages:
@@ -190,13 +216,13 @@ def forward(
         )
         order = jnp.maximum(pages.free_top - 1 - jnp.arange(capacity, dtype=jnp.int32), 0)
         taken.append(jnp.stack([after.free_top, count]))
-        taken.append(pages.free_stack[order])
+        taken.append(take(pages.free_stack, order))
         groups.append(after)
         batches.append(
             RaggedBatch(
-                table=after.table[:rows],
-                row_start=slots.length[:rows],
-                row_count=slots.active[:rows].astype(jnp.int32),
+                table=after.table[:rows, : context or dims.pages_per_slot],
+                row_start=slots.length[:decode],
+                row_count=slots.active[:decode].astype(jnp.int32),
                 chunk_slot=chunk[:, 0],
                 chunk_start=chunk[:, 1],
                 chunk_count=chunk[:, 2],
@@ -211,29 +237,31 @@ def forward(
     ops = _ops(machine, tuple(batches), _across(machine, params))
     hidden, kv = machine.model.forward(params, flat.token, flat.position, state.kv, ops)
 
-    length, picked, final = _after(slots, flat, hidden, rows)
+    length, picked, final = _after(slots, flat, hidden, rows, decode)
     state = replace(state, slots=replace(slots, length=length), pages=tuple(groups), kv=kv)
-    passed = Passed(picked, hidden[rows:], slots.active[:rows] | final)
+    live = slots.active[:rows] | final if decode else final
+    passed = Passed(picked, hidden[decode:] if tokens else None, live)
     return state, passed, jnp.concatenate(taken)
 
 
 def _after(
-    slots: SlotState, flat: _Tokens, hidden: jax.Array, rows: int
+    slots: SlotState, flat: _Tokens, hidden: jax.Array, rows: int, decode: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Lengths i32[B] after the step, hidden [R, E] of each row's last token, and bool[R]: the row's
-    prompt ended with this step."""
+    prompt ended with this step. `decode` rows of the R were run."""
     chunk = flat.chunk
     slot = jnp.arange(slots.active.shape[0], dtype=jnp.int32)
     onehot = chunk[:, :1] == slot[None, :]  # [CHUNKS, B]
     ran = jnp.sum(jnp.where(onehot, chunk[:, 2:3], 0), axis=0)  # [B] chunk tokens of each slot
-    ran = ran.at[:rows].add(slots.active[:rows].astype(jnp.int32))
+    ran = ran + (slots.active & (slot < decode)).astype(jnp.int32)
     last = flat.offset + jnp.maximum(chunk[:, 2], 1) - 1  # [CHUNKS]
     ends = onehot & (chunk[:, 3:4] != 0)
-    final = jnp.any(ends, axis=0)[:rows]
-    if hidden.shape[0] == rows:
+    final = some(ends, axis=0)[:rows]
+    if hidden.shape[0] == decode:
         return slots.length + ran, hidden, final
-    at = rows + jnp.sum(jnp.where(ends, last[:, None], 0), axis=0)[:rows]
-    return slots.length + ran, hidden[jnp.where(final, at, slot[:rows])], final
+    at = decode + jnp.sum(jnp.where(ends, last[:, None], 0), axis=0)[:rows]
+    own = slot[:rows] if decode else jnp.zeros_like(slot[:rows])  # what was not run is not read
+    return slots.length + ran, take(hidden, jnp.where(final, at, own)), final
 
 
 def taken_capacity(dims: Dims, rows: int, tokens: int) -> int:
@@ -270,7 +298,7 @@ def sample(
         token, logprob = likeliest(logits, across), jnp.zeros((rows,), jnp.float32)
     else:
         token, logprob = _choose(machine, slots, logits, mask, logprobs > 0, across)
-    by_stop = live & jnp.any(token[:, None] == slots.stop_ids[:rows], axis=1)
+    by_stop = live & some(token[:, None] == slots.stop_ids[:rows], axis=1)
     by_stop = by_stop & (generated + 1 >= slots.min_tokens[:rows])
     finished = by_stop | (live & (length + 1 >= slots.limit[:rows]))
     slots = _advance(slots, token, live, finished, count=not greedy)
@@ -285,7 +313,9 @@ def sample(
     )
     extra: tuple[jax.Array, ...] = ()
     if logprobs:
-        ids, values, _, rank = top_logprobs(logits, token, logprobs, across)
+        branches = machine.backend.branches
+        best = top_logprobs(logits, token, logprobs, across, branches=branches)
+        ids, values, _, rank = best
         assert named is not None, "logprobs come with the tokens named by requests"
         extra = (ids, values, rank, named_logprobs(logits, named, across))
     return slots, packed, extra
@@ -312,7 +342,14 @@ def _choose(
     )
     controls = Controls.unpack(slots.sampling[:rows])
     return sample_tokens(
-        logits, controls, slots.seed[:rows], length, edits, logprobs=logprob, across=across
+        logits,
+        controls,
+        slots.seed[:rows],
+        length,
+        edits,
+        logprobs=logprob,
+        across=across,
+        branches=machine.backend.branches,
     )
 
 
@@ -329,15 +366,16 @@ def _advance(
     trash = slots.active.shape[0] * width
     at = jnp.minimum(slots.length[:rows], width - 1)
     cell = jnp.where(live, row * width + at, trash)
-    history = slots.history.reshape(-1).at[cell].set(token).reshape(slots.history.shape)
+    history = put(slots.history.reshape(-1), cell, token).reshape(slots.history.shape)
     counts = slots.counts
     if count and counts.shape[1] > 1:
-        counts = counts.at[:rows].set(count_generated(counts[:rows], token, live))
-    last = jnp.where(live, token, slots.last[:rows, 0])
+        counts = count_generated(counts, token, live)
+    last = jnp.where(live, token, slots.last[:rows, 0])[:, None]
+    active = jnp.where(live, ~finished, slots.active[:rows])
     return replace(
         slots,
-        active=slots.active.at[:rows].set(jnp.where(live, ~finished, slots.active[:rows])),
-        last=slots.last.at[:rows, 0].set(last),
+        active=jnp.concatenate([active, slots.active[rows:]]),
+        last=jnp.concatenate([last, slots.last[rows:]]),
         history=history,
         counts=counts,
     )
@@ -365,9 +403,15 @@ def score(
     def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         rows, target, chunk = part
         logits = machine.model.logits(params, rows, _ops(machine, (), across))
-        most = top_logprobs(logits, target, logprobs, across)
-        return (*most, named_logprobs(logits, named[chunk], across))
+        best = top_logprobs(logits, target, logprobs, across, branches=branches)
+        return (*best, named_logprobs(logits, take(named, chunk), across))
 
+    branches = machine.backend.branches
     target, chunk = targets.reshape(2, -1, block)
-    parts = jax.lax.map(one, (hidden.reshape(-1, block, hidden.shape[1]), target, chunk))
+    every = (hidden.reshape(-1, block, hidden.shape[1]), target, chunk)
+    if branches:
+        parts = jax.lax.map(one, every)
+    else:
+        each = [one((hidden, t, c)) for hidden, t, c in zip(*every, strict=True)]
+        return tuple(jnp.concatenate(part) for part in zip(*each, strict=True))
     return tuple(part.reshape(-1, *part.shape[2:]) for part in parts)

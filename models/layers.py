@@ -69,6 +69,8 @@ class Fixed:
     local_rope: Rope | None
 
 
+LEAST = -3e38  # less than every logit, for devices without infinities
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -107,16 +109,21 @@ def attention(
     config = fixed.config
     mixed = whole(ops.linear(x, w.qkv), w.qkv)
     mixed = mixed.reshape(x.shape[0], config.K, -1, config.D)  # [N, K, J, D]
-    q = mixed[:, :, :-2].reshape(-1, config.H, config.D)
-    k, v = mixed[:, :, -2], mixed[:, :, -1]  # [N, K, D]
-    if w.q_norm is not None and w.k_norm is not None:
-        offset = norm_offset(config)
-        q = rms_norm(q, w.q_norm, config.eps, offset)
-        k = rms_norm(k, w.k_norm, config.eps, offset)
-    q, k = rotate(q, turn), rotate(k, turn)
     call = AttentionSpec(spec, scale=config.query_scale, softcap=config.attention_softcap)
     extra = {"sinks": w.sinks, "kv_scales": w.kv_scales}
     extra = {name: given for name, given in extra.items() if given is not None}
+    norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
+    offset = norm_offset(config)
+    packed = ops.attend_packed(mixed, turn, norms, kv, call, config.eps, offset, **extra)
+    if packed is not None:
+        y, kv = packed
+        return ops.closing(y.reshape(-1, config.H * config.D), w.out), kv
+    q = mixed[:, :, :-2].reshape(-1, config.H, config.D)
+    k, v = mixed[:, :, -2], mixed[:, :, -1]  # [N, K, D]
+    if norms is not None:
+        q = rms_norm(q, norms[0], config.eps, offset)
+        k = rms_norm(k, norms[1], config.eps, offset)
+    q, k = rotate(q, turn), rotate(k, turn)
     y, kv = ops.attend(q, k, v, kv, call, **extra)
     return ops.closing(y.reshape(-1, config.H * config.D), w.out), kv
 
@@ -148,7 +155,11 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     tokens as one matrix.
     """
     N, k = x.shape[0], config.top_k
-    chances = jax.nn.softmax(ops.linear(x, w.router).astype(jnp.float32), axis=-1)  # [N, X]
+    routed = ops.linear(x, w.router).astype(jnp.float32)  # [N, X]
+    if ops.dense_experts:
+        y = _dense_moe(config, w, x, routed)
+        return y if ops.across is None else ops.across.total(y)
+    chances = jax.nn.softmax(routed, axis=-1)
     share, expert = jax.lax.top_k(chances, k)  # [N, k]
     if config.norm_top_k:
         share = share / jnp.sum(share, axis=-1, keepdims=True)
@@ -173,6 +184,30 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     return y if ops.across is None else ops.across.total(y)
 
 
+def _dense_moe(config: ModelConfig, w: Experts, x: jax.Array, routed: jax.Array) -> jax.Array:
+    """The same for the router's f32[N, X], with every expert for every token and no sort.
+
+    A token's experts are found one after another; among equals the first, as top_k has it.
+    """
+    weight = jnp.exp(routed - jnp.max(routed, axis=-1, keepdims=True))
+    chances = weight / jnp.sum(weight, axis=-1, keepdims=True)
+    place = jnp.arange(config.X, dtype=jnp.int32)
+    left, share = chances, jnp.zeros_like(chances)
+    for _ in range(config.top_k):
+        best = left == jnp.max(left, axis=-1, keepdims=True)
+        first = jnp.min(jnp.where(best, place, config.X), axis=-1, keepdims=True)
+        share = jnp.where(place == first, chances, share)
+        left = jnp.where(place == first, -1.0, left)
+    if config.norm_top_k:
+        share = share / jnp.sum(share, axis=-1, keepdims=True)
+    out = jnp.zeros(x.shape, jnp.float32)
+    for expert in range(config.X):
+        both = jnp.einsum("ne,ejf->njf", x, w.gate_up[expert])
+        inner = ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1]
+        out = out + (inner @ w.down[expert]).astype(jnp.float32) * share[:, expert, None]
+    return out.astype(x.dtype)
+
+
 def _flat(stack: jax.Array) -> jax.Array:
     """[L, X, ...] -> [L * X, ...]."""
     return stack.reshape(-1, *stack.shape[2:])
@@ -187,9 +222,9 @@ def logits(config: ModelConfig, params: Decoder, hidden: jax.Array, ops: Ops) ->
     out = jnp.einsum("re,ve->rv", hidden, head, preferred_element_type=jnp.float32)
     if config.final_softcap:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
-    if ops.across is not None:
+    if ops.across is not None and config.real_V % out.shape[1]:  # the last shard has padding
         V = out.shape[1]
-        out = jnp.where(jnp.arange(V) + ops.across.rank * V < config.real_V, out, -jnp.inf)
+        out = jnp.where(jnp.arange(V) + ops.across.rank * V < config.real_V, out, LEAST)
     return out
 
 

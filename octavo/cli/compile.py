@@ -20,6 +20,7 @@ examples:
   octavo compile smollm2-135m
   octavo compile ./my-model --max-model-len 8192 --compilation-cache /var/cache/octavo
   octavo compile ./my-model --target v6e:1x1 --output ./compiled     for a TPU, without one
+  octavo compile ./my-model --target inf2 --mesh model=2 --output ./compiled --export-only
 """
 
 
@@ -32,6 +33,11 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--target", metavar="CHIP:TOPOLOGY", help=targets.TARGET_HELP)
     parser.add_argument(
         "--output", metavar="FOLDER", help="with --target: where programs and report.json go"
+    )
+    parser.add_argument(
+        "--export-only",
+        action="store_true",
+        help="with a Neuron --target: write and check the graphs, and compile none",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -65,7 +71,8 @@ def _for_target(config: EngineConfig, args: argparse.Namespace) -> int:
         )
     module = targets.module_for(args.target)
     with import_module("octavo.engine.progress").startup_progress(args.json) as progress:
-        wanted = targets.Wanted(config, args.target, Path(args.output), progress)
+        output = Path(args.output)
+        wanted = targets.Wanted(config, args.target, output, progress, args.export_only)
         report = module.compile(wanted)
     print(json.dumps(report.as_json()) if args.json else "\n".join(report.lines()))
     return 0

@@ -20,8 +20,12 @@ from octavo.engine.config import ConfigError, EngineConfig
 
 MODULES = {
     **dict.fromkeys(("v5e", "v5p", "v6e", "tpu7x"), "octavo.engine.ahead.tpu"),
+    **dict.fromkeys(("inf2", "trn1", "trn2", "trn3"), "octavo.engine.ahead.neuron"),
 }
-TARGET_HELP = "hardware that is not here: CHIP:TOPOLOGY, for instance v6e:1x1 or tpu7x:1x1x1"
+TARGET_HELP = (
+    "hardware that is not here: CHIP:TOPOLOGY, for instance v6e:1x1 or tpu7x:1x1x1, or inf2, "
+    "trn1, trn2 and trn3 (with --mesh model=N for N cores)"
+)
 
 
 class Report(Protocol):
@@ -59,6 +63,6 @@ def module_for(target: str) -> Any:
     if chip not in MODULES:
         raise ConfigError(
             f"`--target` names no chip that is known here: {chip or repr(target)}",
-            f"one of {', '.join(MODULES)}, a colon and a topology: --target v6e:2x2",
+            f"one of {', '.join(MODULES)}; of a TPU with a topology: --target v6e:2x2",
         )
     return import_module(MODULES[chip])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+LEAST = -3e38  # less than every logit, for devices without infinities
+
 
 @dataclass(frozen=True)
 class Across:
@@ -48,19 +50,20 @@ def ids_of(across: Across | None, V: int) -> jax.Array:
     return ids if across is None else ids + across.rank * V
 
 
-def values_at(across: Across | None, logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """f32[R, M] the logits f32[R, V] at ids i32[R, M]."""
+def values_at(across: Across | None, values: jax.Array, ids: jax.Array) -> jax.Array:
+    """[R, M] of values [R, V], such as logits, at vocabulary ids i32[R, M]."""
+    R, V = values.shape
+    at = ids if across is None else ids - across.rank * V
+    rows = jnp.arange(R, dtype=jnp.int32)[:, None]
+    places = (rows * V + jnp.clip(at, 0, V - 1)).reshape(-1)
+    flat = values.reshape(-1).at[places]
+    picked = flat.get(mode="promise_in_bounds", wrap_negative_indices=False).reshape(ids.shape)
     if across is None:
-        return jnp.take_along_axis(logits, ids, axis=1, mode="clip")
-    V = logits.shape[1]
-    at = ids - across.rank * V
-    picked = jnp.take_along_axis(logits, at, axis=1, mode="clip")
-    return across.largest(jnp.where((at >= 0) & (at < V), picked, -jnp.inf))
+        return picked
+    return across.largest(jnp.where((at >= 0) & (at < V), picked, LEAST))
 
 
 def log_sum_exp(across: Across | None, logits: jax.Array) -> jax.Array:
-    """f32[R] log of the sum of exp(logits f32[R, V]) over the whole vocabulary."""
-    if across is None:
-        return jax.nn.logsumexp(logits, axis=-1)
-    top = across.largest(logits.max(-1))
-    return top + jnp.log(across.total(jnp.sum(jnp.exp(logits - top[:, None]), -1)))
+    """f32[R] the logarithm of the sum of exp(logits f32[R, V]) over the whole vocabulary."""
+    top = largest(across, logits.max(-1))
+    return top + jnp.log(total(across, jnp.sum(jnp.exp(logits - top[:, None]), -1)))

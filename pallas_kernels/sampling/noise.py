@@ -53,4 +53,6 @@ def gumbel(
     hashed = bits(seed, choice, position, vocabulary)
     # Exact up to the one rounding to float32; the largest values would round to 1.
     w = jnp.minimum((hashed.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    return -jnp.log(-jnp.log1p(-w))
+    # log(1 - w); where w is small the sum loses its digits, and the series has them.
+    small = w * (1 + w * (0.5 + w * (1 / 3 + w * (0.25 + w * 0.2))))
+    return -jnp.log(jnp.where(w < 1 / 32, small, -jnp.log(1 - w)))

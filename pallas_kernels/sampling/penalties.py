@@ -13,7 +13,9 @@ In this order, which is also the order of the functions here:
 Every index is clipped into the vocabulary, and entries that are not used change nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import flax.struct
 import jax
@@ -22,8 +24,12 @@ import jax.numpy as jnp
 from octavo.pallas_kernels.sampling.across import Across, ids_of
 from octavo.pallas_kernels.sampling.controls import Controls
 
-IN_PROMPT = 1 << 15  # the bit of `counts` that marks ids of the prompt
-GENERATED = IN_PROMPT - 1  # the bits that count
+IN_PROMPT = 0.5  # the part of `counts` that marks ids of the prompt; its whole part counts
+MOST = float(1 << 22)  # what is counted: beyond, a half would be lost
+FORBIDDEN = -1e30  # a logit that is never drawn; finite, for those without infinities
+
+IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+Forbid = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @flax.struct.dataclass
@@ -37,63 +43,76 @@ class Edits:
     below_min: jax.Array | None = None  # bool[R] fewer than min_tokens tokens so far
     bias_ids: jax.Array | None = None  # i32[R, NB] unused entries: any id, with bias 0
     bias: jax.Array | None = None  # f32[R, NB] is added
-    counts: jax.Array | None = None  # u16[R, V] IN_PROMPT | times generated
+    counts: jax.Array | None = None  # f32[R, V] IN_PROMPT + times generated
 
 
 def edit(
-    logits: jax.Array, controls: Controls, edits: Edits, across: Across | None = None
+    logits: jax.Array,
+    controls: Controls,
+    edits: Edits,
+    across: Across | None = None,
+    *,
+    branches: bool = True,
 ) -> jax.Array:
     """logits f32[R, V] with everything applied. Each part is skipped while no row needs it.
 
     `across`: the logits are one shard's part, while `edits` name ids of the whole vocabulary.
+    Without `branches` nothing is skipped, and what is forbidden is FORBIDDEN or a few times that
+    instead of -inf.
     """
     if across is not None:
         edits = _of_shard(edits, across, logits.shape[1])
+    if_any = _if_any if branches else _always
     if edits.allowed is not None:
-        logits = mask_allowed(logits, edits.allowed)
+        logits = mask_allowed(logits, edits.allowed, -jnp.inf if branches else FORBIDDEN)
+    forbid = _forbid if branches else _push_down
     if edits.bad_words is not None and edits.recent is not None:
-        logits = _if_any(
-            edits.bad_words >= 0, mask_bad_words, logits, edits.bad_words, edits.recent
-        )
+        words = (edits.bad_words, edits.recent, forbid)
+        logits = if_any(edits.bad_words >= 0, mask_bad_words, logits, *words)
     if edits.stop_ids is not None and edits.below_min is not None:
-        logits = _if_any(edits.below_min, mask_stops, logits, edits.stop_ids, edits.below_min)
+        stops = (edits.stop_ids, edits.below_min, forbid)
+        logits = if_any(edits.below_min, mask_stops, logits, *stops)
     if edits.bias_ids is not None and edits.bias is not None:
-        logits = _if_any(edits.bias != 0, add_bias, logits, edits.bias_ids, edits.bias)
+        logits = if_any(edits.bias != 0, add_bias, logits, edits.bias_ids, edits.bias)
     if edits.counts is not None:
         c = controls
         wanted = (c.repetition != 1) | (c.frequency != 0) | (c.presence != 0)
-        logits = _if_any(wanted, penalize, logits, controls, edits.counts)
+        logits = if_any(wanted, penalize, logits, controls, edits.counts)
     return logits
 
 
-def mask_allowed(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+def mask_allowed(logits: jax.Array, allowed: jax.Array, forbidden: float = -jnp.inf) -> jax.Array:
     """allowed u32[R, ceil(V / 32)]."""
     R, V = logits.shape
     bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1  # [R, words, 32]
-    return jnp.where(bits.reshape(R, -1)[:, :V] == 1, logits, -jnp.inf)
+    return jnp.where(bits.reshape(R, -1)[:, :V] == 1, logits, forbidden)
 
 
-def mask_bad_words(logits: jax.Array, words: jax.Array, recent: jax.Array) -> jax.Array:
+def mask_bad_words(
+    logits: jax.Array, words: jax.Array, recent: jax.Array, forbid: Forbid
+) -> jax.Array:
     """words i32[R, W, A], recent i32[R, A - 1]."""
     before, last = words[:, :, :-1], words[:, :, -1]
     ends_here = ((before < 0) | (before == recent[:, None])).all(-1) & (last >= 0)  # [R, W]
-    return _forbid(logits, last, ends_here)
+    return forbid(logits, last, ends_here)
 
 
-def mask_stops(logits: jax.Array, stop_ids: jax.Array, below_min: jax.Array) -> jax.Array:
+def mask_stops(
+    logits: jax.Array, stop_ids: jax.Array, below_min: jax.Array, forbid: Forbid
+) -> jax.Array:
     """stop_ids i32[R, Z], below_min bool[R]."""
-    return _forbid(logits, stop_ids, below_min[:, None] & (stop_ids >= 0))
+    return forbid(logits, stop_ids, below_min[:, None] & (stop_ids >= 0))
 
 
 def add_bias(logits: jax.Array, ids: jax.Array, bias: jax.Array) -> jax.Array:
     """ids i32[R, NB], bias f32[R, NB]."""
-    rows, ids = _places(logits, ids)
-    return logits.at[rows, ids].add(bias, mode="promise_in_bounds")
+    flat = logits.reshape(-1).at[_flat(ids, logits.shape[1])]
+    return flat.add(bias.reshape(-1), **IN_BOUNDS).reshape(logits.shape)
 
 
 def penalize(logits: jax.Array, controls: Controls, counts: jax.Array) -> jax.Array:
-    """counts u16[R, V]."""
-    times = (counts & GENERATED).astype(jnp.float32)
+    """counts f32[R, V]."""
+    times = jnp.floor(counts)
     repetition = jnp.where(counts > 0, controls.repetition[:, None], 1.0)
     logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = logits - controls.frequency[:, None] * times
@@ -101,18 +120,19 @@ def penalize(logits: jax.Array, controls: Controls, counts: jax.Array) -> jax.Ar
 
 
 def count_generated(counts: jax.Array, tokens: jax.Array, real: jax.Array) -> jax.Array:
-    """counts u16[R, V] after row r generated tokens[r], where real bool[R]; stops at 32767."""
-    rows = jnp.arange(tokens.shape[0])
-    now = counts[rows, tokens]
-    after = now + (real & ((now & GENERATED) < GENERATED)).astype(counts.dtype)
-    return counts.at[rows, tokens].set(after, mode="promise_in_bounds")
+    """counts f32[B, V] after row r < R generated tokens[r], where real bool[R]; stops at MOST."""
+    at = _flat(tokens[:, None], counts.shape[1]).reshape(-1)
+    flat = counts.reshape(-1)
+    now = flat.at[at].get(**IN_BOUNDS)
+    after = now + (real & (now < MOST)).astype(counts.dtype)
+    return flat.at[at].set(after, **IN_BOUNDS).reshape(counts.shape)
 
 
 def mark_prompt(
     counts: jax.Array, slot: jax.Array, tokens: jax.Array, real: jax.Array
 ) -> jax.Array:
-    """counts u16[B, V] with tokens i32[T] of slot i32[T] marked as prompt, where real bool[T]."""
-    marked = jnp.where(real, counts[slot, tokens] | IN_PROMPT, 0).astype(counts.dtype)
+    """counts f32[B, V] with tokens i32[T] of slot i32[T] marked as prompt, where real bool[T]."""
+    marked = jnp.where(real, jnp.floor(counts[slot, tokens]) + IN_PROMPT, 0)
     return counts.at[slot, tokens].max(marked, mode="promise_in_bounds")
 
 
@@ -154,16 +174,25 @@ def _shifted(ids: jax.Array, first: jax.Array, V: int) -> jax.Array:
 
 def _forbid(logits: jax.Array, ids: jax.Array, where: jax.Array) -> jax.Array:
     """-inf at ids i32[R, n] where bool[R, n]."""
-    rows, ids = _places(logits, ids)
-    limit = jnp.where(where, -jnp.inf, jnp.inf).astype(logits.dtype)
-    return logits.at[rows, ids].min(limit, mode="promise_in_bounds")
+    limit = jnp.where(where, -jnp.inf, jnp.inf).astype(logits.dtype).reshape(-1)
+    flat = logits.reshape(-1).at[_flat(ids, logits.shape[1])]
+    return flat.min(limit, **IN_BOUNDS).reshape(logits.shape)
 
 
-def _places(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Indices in bounds for ids i32[R, n], whatever they hold."""
-    R, V = logits.shape
-    return jnp.arange(R)[:, None], jnp.clip(ids, 0, V - 1)
+def _push_down(logits: jax.Array, ids: jax.Array, where: jax.Array) -> jax.Array:
+    """FORBIDDEN is added at ids i32[R, n] where bool[R, n]; an id may be named a few times."""
+    return add_bias(logits, ids, jnp.where(where, FORBIDDEN, 0.0))
+
+
+def _flat(ids: jax.Array, vocab: int) -> jax.Array:
+    """Places i32[R * n] in logits laid flat, in bounds, of ids i32[R, n], whatever they hold."""
+    rows = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
+    return (rows * vocab + jnp.clip(ids, 0, vocab - 1)).reshape(-1)
 
 
 def _if_any(wanted: jax.Array, change, logits: jax.Array, *args):
     return jax.lax.cond(jnp.any(wanted), lambda: change(logits, *args), lambda: logits)
+
+
+def _always(wanted: jax.Array, change, logits: jax.Array, *args):
+    return change(logits, *args)

@@ -21,7 +21,7 @@ from octavo.pallas_kernels.sampling.across import (
 from octavo.pallas_kernels.sampling.controls import GREEDY_BELOW, Controls
 from octavo.pallas_kernels.sampling.noise import gumbel
 from octavo.pallas_kernels.sampling.penalties import Edits, edit
-from octavo.pallas_kernels.sampling.thresholds import threshold
+from octavo.pallas_kernels.sampling.thresholds import LEAST, LOWEST, threshold
 
 
 def sample(
@@ -33,19 +33,26 @@ def sample(
     *,
     logprobs: bool = False,
     across: Across | None = None,
+    branches: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens i32[R] and their log probabilities f32[R] under the logits as they came.
 
     logits f32[R, V], seed u32[R, 2], position i32[R] (of the token to be drawn, in its sequence).
     Without `logprobs` the log probabilities are zeros and cost nothing. `across`: the logits are
-    one shard's part; tokens are the same on every shard.
+    one shard's part; tokens are the same on every shard. Without `branches` the program has no
+    conditional, no loop and no infinity, for compilers that have none of these.
     """
-    edited = logits if edits is None else edit(logits, controls, edits, across)
-    tokens = jax.lax.cond(
-        jnp.all(controls.temperature < GREEDY_BELOW),
-        lambda: argmax(edited, across),
-        lambda: draw(edited, controls, seed, position, across),
-    )
+    edited = logits
+    if edits is not None:
+        edited = edit(logits, controls, edits, across, branches=branches)
+    if branches:
+        tokens = jax.lax.cond(
+            jnp.all(controls.temperature < GREEDY_BELOW),
+            lambda: argmax(edited, across),
+            lambda: draw(edited, controls, seed, position, across),
+        )
+    else:
+        tokens = draw(edited, controls, seed, position, across, branches=False)
     if not logprobs:
         return tokens, jnp.zeros(tokens.shape, jnp.float32)
     return tokens, _at(logits, tokens, across) - log_sum_exp(across, logits)
@@ -57,6 +64,8 @@ def draw(
     seed: jax.Array,
     position: jax.Array,
     across: Across | None = None,
+    *,
+    branches: bool = True,
 ) -> jax.Array:
     """Tokens i32[R], of greedy rows too."""
     V = logits.shape[1]
@@ -64,14 +73,20 @@ def draw(
     scaled = logits / jnp.where(greedy, 1.0, controls.temperature)[:, None]
     # A greedy row has nothing to search for.
     top_k, top_p = jnp.where(greedy, 0, controls.top_k), jnp.where(greedy, 1.0, controls.top_p)
-    kept = threshold(scaled, top_k, top_p, controls.min_p, across)
+    kept = threshold(scaled, top_k, top_p, controls.min_p, across, branches=branches)
     noise = gumbel(seed, controls.choice, position, ids_of(across, V))
-    noisy = jnp.where(scaled >= kept[:, None], scaled + noise, -jnp.inf)
+    lowest = LOWEST if branches else LEAST
+    noisy = jnp.where(scaled >= kept[:, None], scaled + noise, lowest)
     return argmax(jnp.where(greedy[:, None], logits, noisy), across)
 
 
 def top_logprobs(
-    logits: jax.Array, tokens: jax.Array, k: int, across: Across | None = None
+    logits: jax.Array,
+    tokens: jax.Array,
+    k: int,
+    across: Across | None = None,
+    *,
+    branches: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The k likeliest and the chosen one, under log_softmax of logits f32[R, V].
 
@@ -79,28 +94,45 @@ def top_logprobs(
     likeliest; equals share the better rank). k is static and may be 0.
     """
     mass = log_sum_exp(across, logits)
-    values, ids = _top(logits, k, across)
+    values, ids = _top(logits, k, across, branches)
     chosen = _at(logits, tokens, across)
     above = jnp.sum(logits > chosen[:, None], -1, dtype=jnp.int32)
     return ids, values - mass[:, None], chosen - mass, 1 + total(across, above)
 
 
-def _top(logits: jax.Array, k: int, across: Across | None) -> tuple[jax.Array, jax.Array]:
+def _top(
+    logits: jax.Array, k: int, across: Across | None, branches: bool
+) -> tuple[jax.Array, jax.Array]:
     """The k largest f32[R, k] and their ids i32[R, k]: of those that each shard found, the best."""
-    if across is None:
-        values, ids = jax.lax.top_k(logits, k)
-        return values, ids.astype(jnp.int32)
+    largest_of = jax.lax.top_k if branches else in_turn
     R, V = logits.shape
-    values, ids = jax.lax.top_k(logits, min(k, V))
-    every, of = across.all(values), across.all(ids.astype(jnp.int32) + across.rank * V)
+    values, ids = largest_of(logits, min(k, V))
+    ids = ids.astype(jnp.int32)
+    if across is None:
+        return values, ids
+    every, of = across.all(values), across.all(ids + across.rank * V)
     every, of = (jnp.moveaxis(a, 0, 1).reshape(R, -1) for a in (every, of))
-    values, at = jax.lax.top_k(every, k)  # equals stay in the order of their ids
-    return values, jnp.take_along_axis(of, at, axis=1)
+    values, at = largest_of(every, k)  # equals stay in the order of their ids
+    return values, values_at(None, of, at)
 
 
 def named_logprobs(logits: jax.Array, ids: jax.Array, across: Across | None = None) -> jax.Array:
     """f32[R, M] log_softmax of logits f32[R, V] at ids i32[R, M]."""
     return values_at(across, logits, ids) - log_sum_exp(across, logits)[:, None]
+
+
+def in_turn(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of each row of x f32[R, V] and where they are i32[R, k], one after another."""
+    places = jnp.arange(x.shape[1], dtype=jnp.int32)
+    values, ids = [], []
+    for _ in range(k):
+        id = argmax(x)
+        values.append(x.max(-1))
+        ids.append(id)
+        x = jnp.where(places == id[:, None], LEAST, x)
+    if not k:
+        return x[:, :0], jnp.zeros((x.shape[0], 0), jnp.int32)
+    return jnp.stack(values, axis=1), jnp.stack(ids, axis=1)
 
 
 def argmax(x: jax.Array, across: Across | None = None) -> jax.Array:

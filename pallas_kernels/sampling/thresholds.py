@@ -20,9 +20,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from octavo.pallas_kernels.sampling.across import Across, largest, total
+from octavo.pallas_kernels.sampling.across import LEAST, Across, largest, total
 
 LOWEST = -jnp.inf
+PASSES = 32  # that find one number of 32 bits
 
 # lo, hi, how many logits are >= each, and which rows are done
 _Bracket = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
@@ -34,23 +35,34 @@ def threshold(
     top_p: jax.Array,
     min_p: jax.Array,
     across: Across | None = None,
+    *,
+    branches: bool = True,
 ) -> jax.Array:
     """f32[R]: row r keeps logits[r] >= threshold[r]; -inf where all controls of a row are off.
 
     logits f32[R, V] are scaled by the temperature already; -inf marks what is forbidden.
+    Without `branches` all passes are made, one behind another, and LEAST stands for -inf.
     """
+    lowest = LOWEST if branches else LEAST
     top = largest(across, logits.max(-1))
-    kept = jnp.where(min_p > 0, top + jnp.log(jnp.maximum(min_p, 1e-38)), LOWEST)
-    kept = jnp.maximum(kept, top_k_threshold(logits, top_k, top, across))
+    kept = jnp.where(min_p > 0, top + jnp.log(jnp.maximum(min_p, 1e-38)), lowest)
+    kept = jnp.maximum(kept, top_k_threshold(logits, top_k, top, across, branches=branches))
     # Rounding must not lose the largest: with min_p = 1 it is all that stays.
     kept = jnp.minimum(kept, top)
+    if not branches:
+        return top_p_threshold(logits, top_p, top, kept, across, branches=False)
     return jax.lax.cond(
         jnp.any(top_p < 1), lambda: top_p_threshold(logits, top_p, top, kept, across), lambda: kept
     )
 
 
 def top_k_threshold(
-    logits: jax.Array, top_k: jax.Array, top: jax.Array, across: Across | None = None
+    logits: jax.Array,
+    top_k: jax.Array,
+    top: jax.Array,
+    across: Across | None = None,
+    *,
+    branches: bool = True,
 ) -> jax.Array:
     """The k-th largest logit f32[R]; -inf where top_k i32[R] is below 1 or takes in all."""
     V = logits.shape[1] * (1 if across is None else across.count)
@@ -60,8 +72,9 @@ def top_k_threshold(
         return count, count
 
     off = (top_k < 1) | (top_k >= V)
-    everything = jnp.full_like(top, LOWEST)
-    return _bisect(measure, top_k, everything, top, jnp.full_like(top_k, V), off)
+    everything = jnp.full_like(top, LOWEST if branches else LEAST)
+    bracket = (everything, top, jnp.full_like(top_k, V), off)
+    return _bisect(measure, top_k, *bracket, branches=branches)
 
 
 def top_p_threshold(
@@ -70,6 +83,8 @@ def top_p_threshold(
     top: jax.Array,
     kept: jax.Array,
     across: Across | None = None,
+    *,
+    branches: bool = True,
 ) -> jax.Array:
     """The smallest logit f32[R] that top-p keeps among those of at least `kept` f32[R]."""
     weight = jnp.exp(logits - top[:, None])
@@ -80,7 +95,7 @@ def top_p_threshold(
         return total(across, mass), total(across, jnp.sum(stays, -1, dtype=jnp.int32))
 
     mass, count = measure(kept)
-    return _bisect(measure, top_p * mass, kept, top, count, top_p >= 1)
+    return _bisect(measure, top_p * mass, kept, top, count, top_p >= 1, branches=branches)
 
 
 def _bisect(
@@ -90,6 +105,8 @@ def _bisect(
     highest: jax.Array,
     count: jax.Array,
     done: jax.Array,
+    *,
+    branches: bool,
 ) -> jax.Array:
     """The largest t f32[R] in [lowest, highest] whose measure is `enough`, up to logits it keeps.
 
@@ -114,7 +131,11 @@ def _bisect(
     lo, hi = _order(lowest), _order(highest) + 1
     done = done | (hi - lo == 1)
     state = (lo, hi, count, jnp.zeros_like(count), done)
-    return _float(jax.lax.while_loop(open_rows, halve, state)[0])
+    if branches:
+        return _float(jax.lax.while_loop(open_rows, halve, state)[0])
+    for _ in range(PASSES):
+        state = halve(state)
+    return _float(state[0])
 
 
 def _order(x: jax.Array) -> jax.Array:

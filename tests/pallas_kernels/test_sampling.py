@@ -216,27 +216,27 @@ def test_gumbel_noise_has_its_mean_and_variance_and_is_finite() -> None:
 def test_penalties_follow_their_formulas() -> None:
     x = np.array([[2.0, -2.0, 2.0, -2.0, 1.0]], np.float32)
     prompt = penalties.IN_PROMPT
-    counts = jnp.asarray([[prompt, prompt, 3, prompt | 2, 0]], jnp.uint16)
+    counts = jnp.asarray([[prompt, prompt, 3, prompt + 2, 0]], jnp.float32)
     c = controls(1, repetition=2.0, frequency=0.5, presence=0.25)
     got = penalties.edit(jnp.asarray(x), c, Edits(counts=counts))
     np.testing.assert_allclose(got[0], [1.0, -4.0, 1.0 - 1.5 - 0.25, -4.0 - 1.0 - 0.25, 1.0])
 
 
 def test_counts_remember_prompt_and_output_apart() -> None:
-    counts = jnp.zeros((3, 10), jnp.uint16)
+    counts = jnp.zeros((3, 10), jnp.float32)
     slot, token = jnp.asarray([1, 1, 2, 0, 0]), jnp.asarray([4, 4, 9, 0, 0])
     real = jnp.asarray([True, True, True, False, False])
     counts = mark_prompt(counts, slot, token, real)
     for _ in range(2):
         now = jnp.asarray([3, 4, 5])
         counts = count_generated(counts, now, jnp.asarray([True, True, False]))
-    want = np.zeros((3, 10), np.uint16)
-    want[0, 3], want[1, 4], want[2, 9] = 2, penalties.IN_PROMPT | 2, penalties.IN_PROMPT
+    want = np.zeros((3, 10), np.float32)
+    want[0, 3], want[1, 4], want[2, 9] = 2, penalties.IN_PROMPT + 2, penalties.IN_PROMPT
     np.testing.assert_array_equal(counts, want)
 
 
-def test_a_count_stops_before_it_becomes_a_prompt() -> None:
-    counts = jnp.full((1, 2), penalties.GENERATED, jnp.uint16)
+def test_a_count_stops_before_a_half_is_lost() -> None:
+    counts = jnp.full((1, 2), penalties.MOST + penalties.IN_PROMPT, jnp.float32)
     after = count_generated(counts, jnp.asarray([1]), jnp.asarray([True]))
     np.testing.assert_array_equal(after, counts)
 
@@ -271,7 +271,7 @@ def test_nothing_changes_while_no_row_asks_for_it() -> None:
         below_min=jnp.asarray([True, True]),
         bias_ids=unused,
         bias=jnp.zeros((2, 3)),
-        counts=jnp.full((2, 40), 3, jnp.uint16),
+        counts=jnp.full((2, 40), 3, jnp.float32),
     )
     np.testing.assert_array_equal(penalties.edit(x, controls(2), edits), x)
 
@@ -279,7 +279,7 @@ def test_nothing_changes_while_no_row_asks_for_it() -> None:
 def test_log_probabilities_are_those_of_the_logits_as_they_came() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, V)) * 2, jnp.float32)
     c = controls(3, temperature=0.5, repetition=1.5, top_k=5)
-    counts = jnp.ones((3, V), jnp.uint16)
+    counts = jnp.ones((3, V), jnp.float32)
     tokens, got = sample(x, c, seeds(3), jnp.arange(3), Edits(counts=counts), logprobs=True)
     want = np.asarray(jax.nn.log_softmax(x))
     np.testing.assert_allclose(got, want[np.arange(3), tokens], atol=1e-5)

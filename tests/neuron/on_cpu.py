@@ -1,0 +1,55 @@
+"""Runs exported bytes, as they are, on XLA's CPU client: what neuronx-cc would get, computed."""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import jax
+import numpy as np
+
+from octavo.backends.neuron.exported import Exported
+
+xla: Any = import_module("jaxlib._jax")  # what jax has no public name for
+# It moved after jaxlib 0.10.0.
+XlaComputation: Any = getattr(xla, "XlaComputation", None) or getattr(
+    import_module("jaxlib._hlo"), "XlaComputation", None
+)
+DTYPES = {"u8": "uint8", "s32": "int32", "u32": "uint32", "f32": "float32", "bf16": "bfloat16"}
+
+
+def load(exported: Exported, devices: Sequence[Any] | None = None) -> Callable[..., list[Any]]:
+    """run(inputs of every rank) -> outputs of every rank; an input is a list of one array a rank.
+
+    With one rank both are lists of arrays instead.
+    """
+    devices = list(devices or jax.devices("cpu")[: exported.ranks])
+    module = xla.mlir.xla_computation_to_mlir_module(XlaComputation(exported.hlo))
+    options = xla.CompileOptions()
+    options.num_replicas, options.num_partitions = exported.ranks, 1
+    options.device_assignment = xla.DeviceAssignment.create(
+        np.arange(exported.ranks, dtype=np.int32)[:, None]
+    )
+    client = devices[0].client
+    program = client.compile_and_load(module, xla.DeviceList(tuple(devices)), options)
+
+    def run(inputs: list[Any]) -> list[Any]:
+        many = [one if exported.ranks > 1 else [one] for one in inputs]
+        placed = [
+            [_put(array, t.dtype, d) for array, d in zip(each, devices, strict=True)]
+            for each, t in zip(many, exported.inputs, strict=True)
+        ]
+        if exported.ranks == 1:
+            return list(program.execute([each[0] for each in placed]))
+        results = program.execute_sharded([list(each) for each in placed])
+        return [list(each) for each in results.disassemble_into_single_device_arrays()]
+
+    return run
+
+
+def _put(array: Any, dtype: str, device: Any) -> Any:
+    """As jax's own arrays are, so that weights are copied once; what is aliased is used up."""
+    if isinstance(array, jax.Array) and array.dtype == DTYPES[dtype]:
+        return array if array.devices() == {device} else jax.device_put(array, device)
+    value = np.array(array)
+    assert value.dtype == DTYPES[dtype] or value.dtype == np.bool_, (value.dtype, dtype)
+    return jax.device_put(value.astype(jax.numpy.dtype(DTYPES[dtype])), device)

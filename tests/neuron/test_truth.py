@@ -1,0 +1,124 @@
+"""What neuronx-cc would get is right: the exported bytes drive the engine, and give the CPU's text.
+
+Every program of the step is exported, linted, and its bytes run by XLA's CPU client in place of the
+program. That proves what the graphs compute; what Amazon's compiler and cores make of them, only an
+instance shows (`octavo doctor neuron`).
+"""
+
+from contextlib import closing
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from octavo.backends.neuron import export
+from octavo.backends.neuron.lint import errors, lint
+from octavo.backends.neuron.record import record
+from octavo.backends.neuron.targets import target_of
+from octavo.backends.record import Backend
+from octavo.backends.select import select
+from octavo.engine.assemble import Parts, load_weights, open_model
+from octavo.engine.config import EngineConfig
+from octavo.engine.core import EngineCore
+from octavo.engine.memory import resolve
+from octavo.engine.mesh import Placement
+from octavo.engine.programs import Job
+from octavo.models.config import ModelConfig
+from tests.e2e.golden import COMPLETION, need
+from tests.engine.tiny import GEMMA3, LLAMA, SIZES, Client, make_engine, make_parts, run_one
+from tests.neuron.on_cpu import load
+
+QWEN3 = SIZES | {"architectures": ["Qwen3ForCausalLM"]}
+MIXTRAL = SIZES | {
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+SETTINGS: dict[str, Any] = {
+    "max_num_seqs": 3,
+    "max_num_batched_tokens": 32,
+    "page_size": 8,
+    "num_pages": 100,
+    "dtype": "float32",
+    "max_logprobs": 3,
+}
+
+
+def exported_backend(_: Backend) -> Backend:
+    """The Neuron record, its programs exported and run by the CPU client."""
+
+    def compile(job: Job) -> Any:
+        if not export.can_export(job):
+            return job.function
+
+        @cache
+        def program() -> Any:  # most are never called here
+            graph = export.export_job(job)
+            assert errors(lint(graph.exported, target_of("inf2"))) == []
+            return graph.call(load(graph.exported))
+
+        return lambda *arguments: program()(*arguments)
+
+    there = record(target_of("inf2"), "neuron graphs on the CPU", select("cpu").devices)
+    return replace(there, compile=compile, context_buckets=lambda pages: (8, pages))
+
+
+def lazy_backend(backend: Backend) -> Backend:
+    """The CPU backend; what is not called is not compiled."""
+    return replace(backend, compile=lambda job: jax.jit(job.function, donate_argnums=job.donate))
+
+
+def texts(parts: Any, **sampling: Any) -> list[list[int]]:
+    """64 tokens each of a few prompts at once, one of them longer than a chunk."""
+    core = make_engine(parts)
+    client = Client(core)
+    random = np.random.default_rng(3)
+    handles = [
+        client.add(random.integers(0, 128, size).tolist(), max_tokens=64, **sampling)
+        for size in (3, 50, 17)
+    ]
+    client.drain()
+    core.close()
+    assert all(client.finished[h].reason == "length" for h in handles), client.finished
+    return [client.tokens[h] for h in handles]
+
+
+def smollm2(backend: Backend) -> list[int]:
+    """64 tokens of SmolLM2 in float32."""
+    config = EngineConfig(
+        model="smollm2-135m",
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=1,
+        max_num_batched_tokens=32,
+        page_size=16,
+        num_pages=12,
+        max_logprobs=3,
+        compilation_cache="none",
+    )
+    with closing(open_model(config)) as checkpoint:
+        resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
+        params = load_weights(config, checkpoint, Placement(None, resolved.model), resolved.dtype)
+    core = EngineCore(config, parts=Parts(backend, resolved, params, [], 0.0))
+    tokens = run_one(core, COMPLETION.input_ids, max_tokens=64)
+    core.close()
+    return tokens
+
+
+def test_the_exported_bytes_of_smollm2_write_the_golden_text() -> None:
+    need("smollm2-135m")
+    there = smollm2(exported_backend(select("cpu")))
+    assert there[: len(COMPLETION.output_ids)] == COMPLETION.output_ids
+    assert there == smollm2(lazy_backend(select("cpu"))) and len(there) == 64
+
+
+@pytest.mark.parametrize(
+    "facts", [LLAMA, QWEN3, GEMMA3, MIXTRAL], ids=lambda f: f["architectures"][0]
+)
+def test_the_exported_bytes_write_what_the_cpu_backend_writes(facts: dict[str, Any]) -> None:
+    there = texts(make_parts(facts, backend=exported_backend, **SETTINGS))
+    here = texts(make_parts(facts, backend=lazy_backend, **SETTINGS))
+    assert there == here
