@@ -21,7 +21,7 @@ from tests.server.tiny_model import write_tiny_model
 
 FULL = bool(os.environ.get("OCTAVO_HOSTS_FULL"))
 full = pytest.mark.skipif(not FULL, reason="OCTAVO_HOSTS_FULL=1 runs it")
-SIZES = {"max_model_len": 4096, "max_num_seqs": 2, "max_num_batched_tokens": 32, "num_pages": 520}
+SIZES = {"max_model_len": 4096, "max_num_seqs": 1, "max_num_batched_tokens": 32, "num_pages": 260}
 SMALL = {**SIZES, "dtype": "float32"}
 LAYERS, WIDTH, HEADS = 2, 32, 4
 LOST_WITHIN = 30.0  # seconds
