@@ -116,9 +116,8 @@ def resolve(
     budget = config.max_num_batched_tokens or backend.max_num_batched_tokens
     whole = 1 << (longest - 1).bit_length()
     budget = min(budget, whole * (1 if config.max_num_batched_tokens else min(seqs, PROMPTS)))
-    limit = backend.memory_limit() // (
-        len(mesh.local_devices) if mesh and backend.shared_memory else 1
-    )
+    sharers = len(mesh.local_devices) if mesh and backend.shared_memory else 1
+    limit = backend.memory_limit() // sharers
     while True:
         built = model or build(facts, longest, shards_of(sizes), stacked=backend.stacked)
         weights = param_bytes(built, dtype)
