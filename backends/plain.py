@@ -28,14 +28,17 @@ def linear(x: jax.Array, layer: Projection) -> jax.Array:
     return y if layer.bias is None else y + layer.bias
 
 
-def grouped_linear(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
-    """x [N, in] sorted by expert, weight [X, in, out], sizes i32[X] -> [N, out].
+def grouped_linear(
+    x: jax.Array, weight: jax.Array, sizes: jax.Array, first: jax.Array | int = 0
+) -> jax.Array:
+    """x [N, in] sorted by expert, weight [.., in, out], sizes i32[X] -> [N, out]. The X experts
+    begin at weight[first].
 
     A loop over tiles of rows of one expert, so that experts without rows cost nothing. A tile that
     reaches past its expert's rows computes garbage, which the next tile overwrites. Rows past the
     sum of sizes give 0 or such garbage: finite.
     """
-    N, X = x.shape[0], weight.shape[0]
+    N, X = x.shape[0], sizes.shape[0]
     tile = min(ROWS_PER_TILE, N)
     x = jnp.pad(x, ((0, tile), (0, 0)))
     upto = jnp.tril(jnp.ones((X, X), jnp.int32))
@@ -46,7 +49,7 @@ def grouped_linear(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Arr
         expert = jnp.sum(i >= end)
         at = begin[expert] + (i - (end[expert] - tiles[expert])) * tile
         rows = jax.lax.dynamic_slice_in_dim(x, at, tile)
-        w = jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False)
+        w = jax.lax.dynamic_index_in_dim(weight, first + expert, keepdims=False)
         return jax.lax.dynamic_update_slice_in_dim(y, rows @ w, at, 0)
 
     y = jnp.zeros((N + tile, weight.shape[2]), x.dtype)

@@ -55,8 +55,12 @@ class Backend:
 
     # These three are `models.ops.Ops` of the same names.
     linear: Callable[[jax.Array, Any], jax.Array]
-    grouped_linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
+    stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
+
+    # stack_format(axes, sharding): how a stack of layers' weights of so many axes lies in memory
+    stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
 
     row_buckets: Callable[[int], tuple[int, ...]]  # of max_num_seqs, ascending, the last is it
     token_buckets: Callable[[int], tuple[int, ...]]  # of max_num_batched_tokens, likewise

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from octavo.backends.record import Backend
@@ -71,7 +72,7 @@ def assemble(
             decided(backend, resolved)
         began = time.perf_counter()
         params = load_weights(
-            config, checkpoint, Placement(resolved.mesh, resolved.model), resolved.dtype, progress
+            config, checkpoint, place_of(backend, resolved), resolved.dtype, progress
         )
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
@@ -93,12 +94,14 @@ def load_weights(
     """Every parameter of the model, in its place."""
     model = place.model
     if config.load_format == "dummy":
-        return random_params(model, config.seed, dtype, put=place.put_weight)
+        return random_params(
+            model, config.seed, dtype, put=place.put_weight, stack_format=place.stack_format
+        )
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
         if place.mesh is None:
-            return load(checkpoint.path, model.abstract_params(dtype))
+            return load(checkpoint.path, place.abstract_params(dtype))
         return load_over(place, checkpoint.path, dtype)
     report = None
     if progress is not None:
@@ -113,6 +116,7 @@ def load_weights(
         dtype,
         put=place.put_weight,
         progress=report,
+        stack_format=place.stack_format,
     )
 
 
@@ -127,9 +131,8 @@ def load_over(place: Placement, folder: Any, dtype: Any) -> Any:
             f"as {model.shards.count} shards of this model need",
             "use the original checkpoint, or fewer shards",
         )
-    places = place.abstract(model.abstract_params(dtype), place.params)
-    params = load(folder, replace(places, rank=None))
-    return replace(params, rank=place.put_weight(ranks(model), model.tensors.rank.axes))
+    params = load(folder, replace(place.abstract_params(dtype), rank=None))
+    return replace(params, rank=place.put_weight(ranks(model), model.tensors.rank))
 
 
 def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:
@@ -153,6 +156,21 @@ def end_tokens(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
         if ids is not None:
             return [int(i) for i in (ids if isinstance(ids, list) else [ids])]
     return []
+
+
+def place_of(backend: Backend, resolved: Resolved) -> Placement:
+    """Where the arrays of an engine lie."""
+    return Placement(resolved.mesh, resolved.model, backend.stack_format)
+
+
+def abstract_weights(backend: Backend, resolved: Resolved, where: Any = None) -> Any:
+    """The parameters' shapes, and how they lie where that matters.
+
+    where: their sharding, where there is no mesh; the backend's first device without.
+    """
+    if where is None and resolved.mesh is None and backend.stacked:
+        where = jax.sharding.SingleDeviceSharding(backend.devices[0])
+    return place_of(backend, resolved).abstract_params(resolved.dtype, where)
 
 
 def cache_maker(backend: Backend, resolved: Resolved) -> Callable[[], Any]:

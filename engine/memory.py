@@ -120,7 +120,7 @@ def resolve(
     budget = min(budget, whole * (1 if config.max_num_batched_tokens else min(seqs, PROMPTS)))
     limit = backend.memory_limit() // (mesh.size if mesh and backend.shared_memory else 1)
     while True:
-        built = model or build(facts, longest, shards_of(sizes))
+        built = model or build(facts, longest, shards_of(sizes), stacked=backend.stacked)
         weights = param_bytes(built, dtype)
         dims = _dims(config, built, seqs, page, longest, budget)
         spent = weights + _state_bytes(dims) + _workspace_bytes(built, dims, dtype)

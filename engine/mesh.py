@@ -22,8 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from octavo.engine.config import ConfigError
 from octavo.engine.state import EngineState
+from octavo.models.load import StackFormat, where_it_lies
 from octavo.models.registry import Model
 from octavo.models.shards import SPLIT, Shards, placed
+from octavo.models.tensors import Tensor, array_shape
 
 AXES = ("data", *SPLIT)
 ROWS = PartitionSpec("data")  # what belongs to slots: plans, tables, results
@@ -56,11 +58,12 @@ class Placement:
 
     mesh: Any
     model: Model
+    stack_format: StackFormat = where_it_lies  # Backend.stack_format
 
     @cached_property
     def params(self) -> Any:
         """The tree of PartitionSpecs of the parameters."""
-        return jax.tree.map(lambda t: PartitionSpec(*placed(t.axes)), self.model.tensors)
+        return jax.tree.map(lambda t: PartitionSpec(*placed(t)), self.model.tensors)
 
     @cached_property
     def head(self) -> Any:
@@ -93,11 +96,27 @@ class Placement:
             return jax.device_put(array)
         return jax.device_put(array, NamedSharding(self.mesh, ROWS))
 
-    def put_weight(self, array: np.ndarray, axes: str) -> jax.Array:
-        """A parameter: each device gets its part. `axes` as in models/tensors.py."""
+    def put_weight(self, array: np.ndarray, t: Tensor) -> jax.Array:
+        """A parameter: each device gets its part."""
         if self.mesh is None:
             return jax.device_put(array)
-        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(*placed(axes))))
+        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(*placed(t))))
+
+    def abstract_params(self, dtype: Any, where: Any = None) -> Any:
+        """The parameters' shapes, and how they lie where that matters.
+
+        where: their sharding, where there is no mesh; jax's own choice without.
+        """
+
+        def place(t: Tensor) -> Any:
+            own = where
+            if self.mesh is not None:
+                own = NamedSharding(self.mesh, PartitionSpec(*placed(t)))
+            if own is None or not t.axes.startswith("L "):
+                return own
+            return self.stack_format(len(array_shape(t, self.model.sizes)), own)
+
+        return self.model.abstract_params(dtype, place)
 
     @property
     def key(self) -> object:

@@ -29,7 +29,7 @@ class Prepared:
     seconds: float
 
 
-def _readable(config: EngineConfig) -> EngineConfig:
+def readable(config: EngineConfig) -> EngineConfig:
     """The config, without weights where a config.json is enough: only that is read here."""
     if config.load_format == "auto":
         without = replace(config, load_format="dummy")
@@ -53,7 +53,7 @@ def prepare(
             "--compilation-cache takes one that can be written to",
         )
     with refusals():
-        config = _readable(config)
+        config = readable(config)
         if choose_runner(config) == "pooling":
             return _prepare_encoder(config, folder, progress)
         build = Build(config, progress)

@@ -92,6 +92,9 @@ class Programs:
     # By name: seconds to trace, which one thread does, and seconds of a thread to compile.
     builds: dict[str, tuple[float, float]] = field(default_factory=dict)
     found: int = 0  # programs that were kept from an earlier run
+    made: dict[str, Any] = field(default_factory=dict)  # all of them by name
+    # Where the state lies on devices that are not here: what is compiled for them is kept, not run.
+    elsewhere: Any = None
 
     def shapes(self) -> list[tuple[int, int]]:
         """The (R, T) of every forward pass."""
@@ -109,12 +112,14 @@ class Programs:
         place = self.placement
         empty = place.program(lambda: new_state(self.machine, init_kv), (), STATE)
         state = place.abstract(jax.eval_shape(empty), STATE)
-        jobs = self._jobs(place.abstract(params, place.params), state, empty)
+        jobs = self._jobs(jax.tree.map(self._abstract, params), state, empty)
         store = None
         if self.folder is not None:
             made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
             mesh = () if place.key is None else (place.key,)
-            store = Store(self.folder / "whole", *made_from, _shapes(state), *mesh)
+            made_from = (*made_from, _shapes(state), *mesh)
+            devices = self.machine.backend.devices if self.elsewhere is not None else ()
+            store = Store(self.folder / "whole", *made_from, devices=devices)
         done = 0
         with WATCH.building(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
@@ -123,7 +128,8 @@ class Programs:
                 if stop is not None and stop.is_set():
                     threads.shutdown(cancel_futures=True)
                     raise CancelledError
-                if store is not None and store.has(job.name, job.details):
+                here = store is not None and self.elsewhere is None
+                if here and store.has(job.name, job.details):
                     futures.append((job, threads.submit(_timed, store.load, job.name, job.details)))
                 else:
                     futures.append((job, self._build(job, store, threads)))
@@ -136,6 +142,7 @@ class Programs:
                 self.found += job.name not in self.builds
                 self.builds[job.name] = (self.builds.get(job.name, (0.0, 0.0))[0], seconds)
                 job.place(program)
+                self.made[job.name] = program
                 done += 1
                 if progress is not None:
                     progress(job.name, done, len(jobs))
@@ -145,7 +152,11 @@ class Programs:
     def _build(self, job: "Job", store: Store | None, threads: ThreadPoolExecutor) -> Any:
         """Trace here, compile and keep there: a future of (program, seconds)."""
         began = time.perf_counter()
-        lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.arguments)
+        arguments, where = job.arguments, {}
+        if self.elsewhere is not None:
+            arguments = jax.tree.map(self._placed, arguments)
+            where = {} if arguments else {"out_shardings": self.elsewhere}
+        lowered = jax.jit(job.function, donate_argnums=job.donate, **where).lower(*arguments)
         backend = self.machine.backend
         options = dict(backend.compiler_options(job.tokens))
         if backend.autotuning and store is not None:
@@ -169,6 +180,18 @@ class Programs:
         """An abstract array that belongs to slots: one shard has `shape`."""
         data = 1 if self.machine.mesh is None else self.machine.mesh.shape["data"]
         return self.placement.abstract(jax.ShapeDtypeStruct((data, *shape), dtype), ROWS)
+
+    def _abstract(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        if isinstance(leaf, jax.ShapeDtypeStruct):  # it may say where it lies
+            return leaf
+        where = None if self.machine.mesh is None else leaf.sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    def _placed(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """The leaf on the devices that are not here."""
+        if leaf.sharding is not None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.elsewhere)
 
     def _jobs(self, params: Any, state: Any, empty: Callable[[], Any]) -> list[Job]:
         """Everything to compile, the slowest first."""
@@ -276,16 +299,7 @@ class Programs:
 
     def workspace(self) -> int:
         """The most temporary memory any program needs, in bytes."""
-        every = [
-            self.edit,
-            *self.forward.values(),
-            *self.greedy.values(),
-            *self.sample.values(),
-            *self.masked.values(),
-            *self.rich.values(),
-        ]
-        every += [*self.score.values(), *self.several.values()]
-        sizes = [p.memory_analysis() for p in every if p is not None]
+        sizes = [p.memory_analysis() for name, p in self.made.items() if name != "empty"]
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
 
 

@@ -4,7 +4,7 @@ tokens i32[N] -> embed -> L x block -> norm -> hidden [N, E] -> head -> logits f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from octavo.models import tensors
 from octavo.models.config import ModelConfig
-from octavo.models.ops import AttentionSpec, LayerSpec, Linear, Ops
+from octavo.models.ops import AttentionSpec, LayerSpec, Linear, Ops, Stacks
 from octavo.models.rope import Rope, rotate
 
 Turn = tuple[jax.Array, jax.Array]  # cos and sin, each f32[N, 1, D'/2]
@@ -24,7 +24,7 @@ class Decoder:
     """The parameters of every family; only the layers differ."""
 
     embed: jax.Array  # [V, E] rows are gathered; as a head it is as fast as [E, V]
-    layers: tuple[Any, ...]  # one tree per layer
+    layers: tuple[Any, ...] | Stacks  # one tree per layer
     norm: jax.Array  # [E]
     head: jax.Array | None  # [V, E]; None: the embedding serves; of a classifier [C, E]
     rank: jax.Array | None = None  # i32[1, 2] of this shard: `Across.rank`, `expert_rank`
@@ -32,7 +32,7 @@ class Decoder:
 
 @flax.struct.dataclass
 class Attention:
-    qkv: Linear  # [E, K, J, D] J = H/K queries, one key, one value
+    qkv: Linear  # [E, K, J, D] J = H/K queries, one key, one value; or [E, K J D]
     out: Linear  # [H * D, E]
     q_norm: jax.Array | None = None  # [D]
     k_norm: jax.Array | None = None  # [D]
@@ -40,15 +40,21 @@ class Attention:
 
 @flax.struct.dataclass
 class Mlp:
-    gate_up: Linear  # [E, 2, F]
+    gate_up: Linear  # [E, 2, F], or [E, 2 F]
     down: Linear  # [F, E]
 
 
 @flax.struct.dataclass
 class Experts:
     router: Linear  # [E, X]
-    gate_up: jax.Array  # [X, E, 2, f]
-    down: jax.Array  # [X, f, E]
+    gate_up: jax.Array  # [X, E, 2, f], or with `layer` [L, X, E, 2 f]
+    down: jax.Array  # [X, f, E], or with `layer` [L, X, f, E]
+    # i32[] of the L. A layer's experts are never cut out of their stack: a step reads few of them.
+    layer: jax.Array | None = None
+
+    def at(self, layer: jax.Array, take: Callable[[jax.Array], jax.Array]) -> "Experts":
+        """One layer of stacked weights; `take` cuts it out of an array."""
+        return replace(self, router=jax.tree.map(take, self.router), layer=layer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +103,8 @@ def attention(
 ) -> tuple[jax.Array, Any]:
     """x [N, E] -> [N, E], and this layer's cache with the new keys and values."""
     config = fixed.config
-    mixed = ops.linear(x, w.qkv)  # [N, K, J, D]
+    mixed = whole(ops.linear(x, w.qkv), w.qkv)
+    mixed = mixed.reshape(x.shape[0], config.K, -1, config.D)  # [N, K, J, D]
     q = mixed[:, :, :-2].reshape(-1, config.H, config.D)
     k, v = mixed[:, :, -2], mixed[:, :, -1]  # [N, K, D]
     if w.q_norm is not None and w.k_norm is not None:
@@ -110,6 +117,14 @@ def attention(
     return ops.closing(y.reshape(-1, config.H * config.D), w.out), kv
 
 
+def whole(y: jax.Array, w: Linear) -> jax.Array:
+    """What a `w` of several projections made, to be taken apart.
+
+    XLA would rather take a matrix apart than its product, and copy the weight at every step.
+    """
+    return y if w.weight.ndim > 2 else jax.lax.optimization_barrier(y)
+
+
 def norm_offset(config: ModelConfig) -> float:
     """Gemma stores its norm weights less one."""
     return 1.0 if config.family == "gemma3" else 0.0
@@ -117,8 +132,9 @@ def norm_offset(config: ModelConfig) -> float:
 
 def gated_mlp(config: ModelConfig, w: Mlp, x: jax.Array, ops: Ops) -> jax.Array:
     """x [N, E] -> down(act(gate(x)) * up(x)) [N, E]."""
-    both = ops.linear(x, w.gate_up)  # [N, 2, F]
-    return ops.closing(ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1], w.down)
+    both = whole(ops.linear(x, w.gate_up), w.gate_up)  # [N, 2, F], or [N, 2 F]
+    gate, up = jnp.split(both, 2, axis=1) if both.ndim == 2 else (both[:, 0], both[:, 1])
+    return ops.closing(ACTIVATIONS[config.activation](gate) * up, w.down)
 
 
 def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
@@ -132,7 +148,7 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     share, expert = jax.lax.top_k(chances, k)  # [N, k]
     if config.norm_top_k:
         share = share / jnp.sum(share, axis=-1, keepdims=True)
-    X = w.gate_up.shape[0]  # of this shard, whose experts come first in the order
+    X = config.X  # of this shard, whose experts come first in the order
     if X < chances.shape[1]:
         assert ops.across is not None
         expert = (expert - ops.across.expert_rank * X) % chances.shape[1]
@@ -140,12 +156,22 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     order = jnp.argsort(expert.reshape(-1))  # stable: sorted pair -> pair
     sizes = jnp.sum(expert.reshape(-1, 1) == jnp.arange(X), axis=0, dtype=jnp.int32)
     f = config.expert_F
-    both = ops.grouped_linear(x[order // k], w.gate_up.reshape(X, -1, 2 * f), sizes)
-    inner = ACTIVATIONS[config.activation](both[:, :f]) * both[:, f:]
-    y = ops.grouped_linear(inner, w.down, sizes)  # [N * k, E], by expert
+    first: tuple[jax.Array, ...] = ()
+    if w.layer is None:
+        gate_up, down = w.gate_up.reshape(X, -1, 2 * f), w.down
+    else:  # the experts of all layers, one behind another
+        first, gate_up, down = (w.layer * X,), _flat(w.gate_up), _flat(w.down)
+    both = ops.grouped_linear(x[order // k], gate_up, sizes, *first).reshape(-1, 2, f)
+    inner = ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1]
+    y = ops.grouped_linear(inner, down, sizes, *first)  # [N * k, E], by expert
     y = y[jnp.argsort(order)].reshape(N, k, -1).astype(jnp.float32)  # by token
     y = jnp.sum(y * share[:, :, None], axis=1).astype(x.dtype)
     return y if ops.across is None else ops.across.total(y)
+
+
+def _flat(stack: jax.Array) -> jax.Array:
+    """[L, X, ...] -> [L * X, ...]."""
+    return stack.reshape(-1, *stack.shape[2:])
 
 
 def logits(config: ModelConfig, params: Decoder, hidden: jax.Array, ops: Ops) -> jax.Array:

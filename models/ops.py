@@ -20,6 +20,32 @@ class Linear:
     bias: jax.Array | None = None  # [out...]
 
 
+@flax.struct.dataclass
+class Stacks:
+    """The layers of a model whose backend runs them in a loop over stacked weights.
+
+    Layers i, i + period, ... have one tree, each of its arrays with a leading axis; what is left
+    after the last whole period comes one by one. Projections are matrices, [in, out].
+    """
+
+    periods: tuple[Any, ...]  # a tree per layer of a period, arrays [L // period, ...]
+    rest: tuple[Any, ...] = ()  # a tree per layer
+
+    @property
+    def loops(self) -> int:
+        """How often a whole period runs."""
+        return int(jax.tree.leaves(self.periods)[0].shape[0])
+
+    def each(self) -> tuple[Any, ...]:
+        """The layers one by one, as copies."""
+        whole = (
+            jax.tree.map(lambda a, i=i: a[i], tree)
+            for i in range(self.loops)
+            for tree in self.periods
+        )
+        return (*whole, *self.rest)
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """What the cache and the attention must know of one layer; static."""
@@ -64,14 +90,16 @@ class Ops:
     linear(x [N, in], Linear) -> [N, out...]
     grouped_linear(x [N, in], weight [X, in, out], sizes i32[X]) -> [N, out]
         rows of x are sorted by expert: the first sizes[0] rows meet weight[0], and so on; rows past
-        the sum of sizes give anything finite.
+        the sum of sizes give anything finite. With `Stacks` a fourth argument, i32[], says where
+        the X experts begin in a longer weight.
     layers(block, x, layers, cache, specs) -> (x, cache)
         applies block(x, layer_params, layer_cache, spec) -> (x, layer_cache) to each layer in turn.
+        `layers` is a tuple of trees, or `Stacks` where the backend asked for them.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]]
     linear: Callable[[jax.Array, Linear], jax.Array]
-    grouped_linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
     across: Across | None = None  # None: the model is whole
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from octavo.models.ops import AttentionSpec, Linear, Ops
+from octavo.models.ops import AttentionSpec, Linear, Ops, Stacks
 from octavo.models.registry import Model
 
 Layer = tuple[jax.Array, jax.Array]  # keys and values, each [length, K, D]; row p is position p
@@ -74,7 +74,7 @@ def grouped_linear(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Arr
 
 def loop(block: Any, x: jax.Array, layers: Any, cache: Any, specs: Any) -> tuple[jax.Array, Any]:
     """One layer after another."""
-    kept = []
+    kept, layers = [], layers.each() if isinstance(layers, Stacks) else layers
     for layer, kv, spec in zip(layers, cache, specs, strict=True):
         x, kv = block(x, layer, kv, spec)
         kept.append(kv)

@@ -14,10 +14,10 @@ import jax
 from octavo.models import bert, gemma3, layers, llama, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from octavo.models.config import ModelConfig
 from octavo.models.layers import Decoder, Fixed
-from octavo.models.ops import LayerSpec
+from octavo.models.ops import LayerSpec, Linear, Stacks
 from octavo.models.rope import make_rope
 from octavo.models.shards import ONE, Shards, check, local, whole
-from octavo.models.tensors import Tensor, shape, tensor
+from octavo.models.tensors import Tensor, array_shape, flatten, stack, tensor
 
 
 @dataclass(frozen=True)
@@ -69,25 +69,34 @@ class Model:
         """The part of the parameters that `logits` reads."""
         return replace(params, layers=()) if isinstance(params, Decoder) else params
 
-    def abstract_params(self, dtype: Any) -> Any:
-        """The parameter tree with a ShapeDtypeStruct for every array."""
+    def abstract_params(self, dtype: Any, place: Callable[[Tensor], Any] | None = None) -> Any:
+        """The parameter tree with a ShapeDtypeStruct for every array; `place` gives shardings."""
         sizes = self.sizes
 
         def leaf(t: Tensor) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape(t.axes, sizes), t.dtype or dtype)
+            sharding = None if place is None else place(t)
+            return jax.ShapeDtypeStruct(array_shape(t, sizes), t.dtype or dtype, sharding=sharding)
 
         return jax.tree.map(leaf, self.tensors)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The letters that the shapes of parameters are written in; R shards."""
-        return self.whole.sizes | {"R": self.shards.count}
+        """The letters that shapes of parameters are written in; R shards, L layers of a stack."""
+        return self.whole.sizes | {"R": self.shards.count, "L": self.loops}
+
+    @property
+    def loops(self) -> int:
+        """Whole periods of layers."""
+        return len(self.layer_specs) // self.period
 
 
-def build(config: ModelConfig, max_model_len: int, shards: Shards = ONE) -> Model:
+def build(
+    config: ModelConfig, max_model_len: int, shards: Shards = ONE, *, stacked: bool = False
+) -> Model:
     """The model for sequences of up to `max_model_len` tokens, prompt and output.
 
-    Raises ModelConfigError where it cannot be cut into `shards`.
+    stacked: its layers are `Stacks`, for a backend that runs them in a loop. Raises
+    ModelConfigError where it cannot be cut into `shards`.
     """
     check(config, shards)
     family = FAMILIES[config.family]
@@ -103,6 +112,9 @@ def build(config: ModelConfig, max_model_len: int, shards: Shards = ONE) -> Mode
     tree = family.tensors(whole(checkpoint, shards))
     if shards.count > 1:
         tree = replace(tree, rank=tensor("R 2", init="ranks"))
+    period = _period(specs, tree.layers)
+    if stacked:
+        tree = replace(tree, layers=_stacks(tree.layers, period))
     return Model(
         config=checkpoint,
         max_model_len=max_model_len,
@@ -110,7 +122,7 @@ def build(config: ModelConfig, max_model_len: int, shards: Shards = ONE) -> Mode
         logits=partial(family.logits, config),
         layer_specs=specs,
         attention=(config.H, config.K, config.D),
-        period=_period(specs, tree.layers),
+        period=period,
         tensors=tree,
         shards=shards,
     )
@@ -124,6 +136,31 @@ def layer_specs(windows: tuple[int, ...], max_model_len: int) -> tuple[LayerSpec
     windows = tuple(w if w < max_model_len else 0 for w in windows)
     group = 1 if 0 in windows else 0
     return tuple(LayerSpec(group=group if w else 0, window=w) for w in windows)
+
+
+def _stacks(trees: tuple[Any, ...], period: int) -> Stacks:
+    """Trees of Tensors, one per layer, as stacks of whole periods and what is left."""
+    trees = jax.tree.map(_two_dimensional, trees, is_leaf=_is_projection)
+    whole = len(trees) // period * period
+    periods = tuple(
+        jax.tree.map(lambda *same: stack(same), *trees[at:whole:period]) for at in range(period)
+    )
+    return Stacks(periods, trees[whole:])
+
+
+def _is_projection(node: Any) -> bool:
+    return isinstance(node, Linear | layers.Experts)
+
+
+def _two_dimensional(node: Any) -> Any:
+    """Projections as matrices: a loop over layers reads those where they lie, and copies others."""
+    if isinstance(node, Linear):
+        bias: Any = node.bias
+        return Linear(flatten(node.weight, 1), None if bias is None else flatten(bias, 0))
+    if isinstance(node, layers.Experts):
+        router = _two_dimensional(node.router)
+        return replace(node, router=router, gate_up=flatten(node.gate_up, 2))
+    return node
 
 
 def _period(specs: tuple[LayerSpec, ...], trees: tuple[Any, ...]) -> int:

@@ -6,12 +6,13 @@ weights, abstract shapes and, by its axes, sharding.
 Axes are words of letters, one word per dimension: "E K J D" is four dimensions, "HD E" two. A digit
 is itself. The letters (ModelConfig.sizes): V E H K D F X as everywhere, f the width of one expert,
 G = H/K query heads per key-value head, J = G + 2: a key-value head's queries, its key, its value.
+A leading L is a stack of layers (Model.sizes), whose pieces begin with the layer in `into`.
 Of encoders and classifiers: P positions, Y token types, C labels, e a second E.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,41 @@ class Tensor:
     axes: str
     pieces: tuple[Piece, ...]
     init: str = "normal"  # random weights: normal, ones or zeros; ranks: no weight at all
+    flat: int = 0  # the last so many words are one dimension of the array
 
     @property
     def dtype(self) -> Any:
         """The dtype that it has whatever weights have; None: theirs."""
         return np.dtype(np.int32) if self.init == "ranks" else None
+
+
+def flatten(t: Tensor, keep: int) -> Tensor:
+    """The same with all words but the first `keep` as one dimension."""
+    return replace(t, flat=max(0, len(t.axes.split()) - keep))
+
+
+def array_shape(t: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of the parameter as models see it."""
+    dims = shape(t.axes, sizes)
+    return (*dims[: -t.flat], math.prod(dims[-t.flat :])) if t.flat else dims
+
+
+def stack(layers: Sequence[Tensor]) -> Tensor:
+    """The same parameter of several layers, as one."""
+    pieces = (
+        replace(piece, into=(i, *piece.into)) for i, t in enumerate(layers) for piece in t.pieces
+    )
+    return replace(layers[0], axes=f"L {layers[0].axes}", pieces=tuple(pieces))
+
+
+def unstack(t: Tensor) -> tuple[Tensor, ...]:
+    """What `stack` was made of; a parameter of no stack is itself."""
+    if not t.axes.startswith("L "):
+        return (t,)
+    layers: dict[int | slice, list[Piece]] = {}
+    for piece in t.pieces:
+        layers.setdefault(piece.into[0], []).append(replace(piece, into=piece.into[1:]))
+    return tuple(replace(t, axes=t.axes[2:], pieces=tuple(p)) for p in layers.values())
 
 
 def size(word: str, sizes: Mapping[str, int]) -> int:

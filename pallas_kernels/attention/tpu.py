@@ -77,11 +77,14 @@ def attend(
     layout = Layout(K, H // K, q.shape[2])
     static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
     static |= dict(layout=layout, interpret=interpret)
+    alone = cache.layer is None
+    pages, layer = (cache.pages[None], jnp.int32(0)) if alone else (cache.pages, cache.layer)
     y, pages = decode(
         q[:R],
         k[:R],
         v[:R],
-        cache.pages,
+        pages,
+        layer,
         batch.table,
         batch.row_start + batch.row_count,
         batch.row_count > 0,
@@ -90,6 +93,6 @@ def attend(
         **static,
     )
     if q.shape[0] > R:
-        pages = write(k[R:], v[R:], pages, batch, layout=layout, interpret=interpret)
-        y = jnp.concatenate([y, prefill(q[R:], pages, batch, **static)])
-    return y, TpuKV(pages)
+        pages = write(k[R:], v[R:], pages, layer, batch, layout=layout, interpret=interpret)
+        y = jnp.concatenate([y, prefill(q[R:], pages, layer, batch, **static)])
+    return y, TpuKV(pages[0]) if alone else TpuKV(pages, layer)

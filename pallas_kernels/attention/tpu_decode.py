@@ -101,6 +101,7 @@ class _Walk:
     S: int  # tokens of a page
     rows: Any  # to visit
     total: Any  # chunks
+    layer: Any
 
     @property
     def per(self) -> int:
@@ -149,10 +150,9 @@ class _Walk:
 
             @pl.when(j < n)
             def _(j: int = j) -> None:
+                page = self.pages.at[self.layer, self.ids[slot, base + j]]
                 into = self.buffers[slot].at[:, pl.ds(j * self.S, self.S)]
-                pltpu.make_async_copy(
-                    self.pages.at[self.ids[slot, base + j]], into, self.page_sem.at[slot]
-                ).start()
+                pltpu.make_async_copy(page, into, self.page_sem.at[slot]).start()
 
     def wait_pages(self, i: Any, slot: int) -> None:
         def wait(count: int) -> None:
@@ -193,7 +193,8 @@ class _Walk:
         at = self.dest[self.item(ROW, i)]
         inside = (self.item(END, i) - 1 - self.item(CHUNK, i) * self.C) >> self.shift
         part = self.buffers[slot].at[:, pl.ds(pl.multiple_of(inside * self.S, self.S), self.S)]
-        return pltpu.make_async_copy(part, self.pages.at[at >> self.shift], self.write_sem.at[slot])
+        page = self.pages.at[self.layer, at >> self.shift]
+        return pltpu.make_async_copy(part, page, self.write_sem.at[slot])
 
     def merge(self, i: Any, slot: int) -> None:
         """Put the new token into its page, here and in HBM."""
@@ -211,7 +212,7 @@ class _Walk:
 
 def _kernel(
     # SMEM
-    walk: Any,  # i32[2] rows to visit, chunks in all
+    walk: Any,  # i32[3] rows to visit, chunks in all, the layer
     order: Any,  # i32[R] the rows to visit
     first: Any,  # i32[R] the first chunk that a row sees
     length: Any,  # i32[R] tokens with the new one
@@ -221,7 +222,7 @@ def _kernel(
     q_hbm: Any,  # [R, units, rows or 2 rows, lanes]
     unit_hbm: Any,  # f32[R, units * rows, LANES] what a query row was divided by
     new_hbm: Any,  # [R, tiles, W]
-    pages_in: Any,  # [P, tiles, S, W], aliased with `pages`
+    pages_in: Any,  # [L, P, tiles, S, W], aliased with `pages`
     out_hbm: Any,  # [R, units, rows, lanes]
     pages: Any,
     *scratch: Any,
@@ -240,7 +241,7 @@ def _kernel(
     hbm = (table, q_hbm, unit_hbm, new_hbm, out_hbm, pages)
     here = (buffers, ids, ring, q, unit, new, out)
     sem = (page_sem.at[0], id_sem.at[0], row_sem, out_sem.at[0], write_sem.at[0])
-    w = _Walk(*smem, *hbm, *here, *sem, layout.tiles, C, S, rows, total)
+    w = _Walk(*smem, *hbm, *here, *sem, layout.tiles, C, S, rows, total, walk[2])
     per, dtype, small, R = w.per, w.dtype, w.small, layout.rows
 
     def attend(i: Any, slot: int) -> None:
@@ -376,6 +377,7 @@ def decode(
     k: jax.Array,
     v: jax.Array,
     pages: jax.Array,
+    layer: jax.Array,
     table: jax.Array,
     length: jax.Array,
     active: jax.Array,
@@ -390,11 +392,11 @@ def decode(
 ) -> tuple[jax.Array, jax.Array]:
     """Write one token a row and attend to it and all before it.
 
-    q [R, H, D], k and v [R, K, D], pages [P, tiles, S, W], table i32[R, M], length i32[R] with the
-    new token, active bool[R], dest i32[R] = page * S + offset. Returns y [R, H, D], zeros where a
-    row is not active, and the pages.
+    q [R, H, D], k and v [R, K, D], pages [L, P, tiles, S, W], layer i32[], table i32[R, M], length
+    i32[R] with the new token, active bool[R], dest i32[R] = page * S + offset. Returns y [R, H, D],
+    zeros where a row is not active, and the pages.
     """
-    S, dtype = pages.shape[2], pages.dtype
+    S, dtype = pages.shape[3], pages.dtype
     C = max(S, chunk) if chunk else chunk_tokens(layout, S, dtype)
     small = dtype.itemsize == 1
     walk, order, first = plan(length, active, C, window)
@@ -438,7 +440,7 @@ def decode(
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=VMEM),
         interpret=interpret,
     )(
-        walk,
+        jnp.append(walk, layer),
         order,
         first,
         length,

@@ -29,9 +29,14 @@ SUBLANES = 8
 
 @flax.struct.dataclass
 class TpuKV:
-    """One layer's pages."""
+    """One layer's pages; or those of all layers of a group, and which layer is meant."""
 
-    pages: jax.Array  # [P, tiles, S, W]
+    pages: jax.Array  # [P, tiles, S, W], or [L, P, tiles, S, W]
+    layer: jax.Array | None = None  # i32[] of the L; None with [P, tiles, S, W], and at rest
+
+    def at(self, layer: jax.Array) -> "TpuKV":
+        """The same pages, seen by one layer."""
+        return TpuKV(self.pages, layer)
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,14 @@ class Layout:
 
 
 def init_kv(
-    pages: int, page_size: int, kv_heads: int, head_size: int, dtype: jax.typing.DTypeLike
+    pages: int,
+    page_size: int,
+    kv_heads: int,
+    head_size: int,
+    dtype: jax.typing.DTypeLike,
+    layers: int = 0,
 ) -> TpuKV:
-    """One layer's empty pages, the trash page included in `pages`."""
+    """Empty pages of one layer, or with `layers` of that many; `pages` includes the trash page."""
     layout = Layout(kv_heads, 1, head_size)
-    return TpuKV(jnp.zeros((pages, layout.tiles, page_size, layout.width), dtype))
+    page = (layout.tiles, page_size, layout.width)
+    return TpuKV(jnp.zeros((layers, pages, *page) if layers else (pages, *page), dtype))

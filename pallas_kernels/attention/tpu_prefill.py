@@ -51,7 +51,7 @@ def chunk_tokens(layout: Layout, page_size: int, itemsize: int) -> int:
 
 def _kernel(
     # SMEM
-    used: Any,  # i32[1] blocks
+    used: Any,  # i32[2] blocks, the layer
     slot_of: Any,  # i32[NB] the block's row of the table
     begin: Any,  # i32[NB] position of its first token
     end: Any,  # i32[NB] position after its last real token
@@ -59,7 +59,7 @@ def _kernel(
     base: Any,  # i32[NB] walk steps of the blocks before it
     q: Any,  # VMEM [1, K, M, W]
     table: Any,  # HBM i32[R, M'] page ids, M' a multiple of IDS
-    pages: Any,  # HBM [P, tiles, S, W]
+    pages: Any,  # HBM [L, P, tiles, S, W]
     out: Any,  # VMEM [1, K, M, W]
     buffer: Any,  # VMEM [2, tiles, C, W]
     ids: Any,  # SMEM i32[2, M']
@@ -75,7 +75,7 @@ def _kernel(
     softcap: float,
 ) -> None:
     b = pl.program_id(0)
-    S, C = pages.shape[2], buffer.shape[2]
+    S, C = pages.shape[3], buffer.shape[2]
     per, shift = C // S, S.bit_length() - 1
     M = q.shape[2]
     narrow = jnp.dtype(buffer.dtype).itemsize == 1
@@ -89,7 +89,7 @@ def _kernel(
     def start_pages(b: Any, c: Any, side: Any) -> None:
         def one(j: Any, _: None) -> None:
             into = buffer.at[side, :, pl.ds(pl.multiple_of(j * S, S), S)]
-            source = pages.at[ids[b % 2, c * per + j]]
+            source = pages.at[used[1], ids[b % 2, c * per + j]]
             pltpu.make_async_copy(source, into, page_sem.at[side]).start()
 
         jax.lax.fori_loop(0, count(b, c), one, None)
@@ -210,6 +210,7 @@ def _plan(batch: RaggedBatch, T: int, BQ: int, C: int, window: int) -> tuple[jax
 def prefill(
     q: jax.Array,
     pages: jax.Array,
+    layer: jax.Array,
     batch: RaggedBatch,
     *,
     layout: Layout,
@@ -220,13 +221,16 @@ def prefill(
 ) -> jax.Array:
     """What the T chunk tokens q [T, H, D] attend to, over pages that hold them already.
 
+    pages [L, P, tiles, S, W], layer i32[].
+
     Returns y [T, H, D] in the dtype of q; zeros for tokens of no chunk.
     """
     T, H, D = q.shape
     K, G, W = layout.kv_heads, layout.group, layout.width
-    BQ, S = block_tokens(G), pages.shape[2]
+    BQ, S = block_tokens(G), pages.shape[3]
     C = chunk_tokens(layout, S, pages.dtype.itemsize)
-    *smem, tokens, rows = _plan(batch, T, BQ, C, window)
+    used, *smem, tokens, rows = _plan(batch, T, BQ, C, window)
+    smem = [jnp.append(used, layer), *smem]
     NB, M = tokens.shape[0], BQ * G
     kind = jnp.bfloat16 if pages.dtype.itemsize == 1 else pages.dtype
     scaled = (q.astype(jnp.float32) * (scale * LOG2E)).astype(kind)

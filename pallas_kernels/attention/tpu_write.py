@@ -19,12 +19,12 @@ IN_FLIGHT = 16  # copies of whole pages
 
 
 def _kernel(
-    touched: Any,  # SMEM i32[1] how many pages
+    touched: Any,  # SMEM i32[2] how many pages, the layer
     page: Any,  # SMEM i32[U]
     begin: Any,  # SMEM i32[U] the rows begin..end of the page are new
     end: Any,  # SMEM i32[U]
     images: Any,  # HBM [U, tiles, S, W]
-    pages_in: Any,  # HBM [P, tiles, S, W], aliased with `pages`
+    pages_in: Any,  # HBM [L, P, tiles, S, W], aliased with `pages`
     pages: Any,
     old: Any,  # VMEM [tiles, S, W]
     new: Any,  # VMEM [tiles, S, W]
@@ -32,14 +32,14 @@ def _kernel(
     sems: Any,
 ) -> None:
     del pages_in
-    S = old.shape[1]
+    S, layer = old.shape[1], touched[1]
 
     def whole(u: Any) -> Any:
-        return pltpu.make_async_copy(images.at[u], pages.at[page[u]], whole_sem)
+        return pltpu.make_async_copy(images.at[u], pages.at[layer, page[u]], whole_sem)
 
     def merge(u: Any) -> None:
         copies = [
-            pltpu.make_async_copy(pages.at[page[u]], old, sems.at[0]),
+            pltpu.make_async_copy(pages.at[layer, page[u]], old, sems.at[0]),
             pltpu.make_async_copy(images.at[u], new, sems.at[1]),
         ]
         for copy in copies:
@@ -51,7 +51,7 @@ def _kernel(
         for tile in range(old.shape[0]):
             both = (new[tile].astype(jnp.float32), old[tile].astype(jnp.float32))
             old[tile] = jnp.where(mine, *both).astype(old.dtype)
-        back = pltpu.make_async_copy(old, pages.at[page[u]], sems.at[0])
+        back = pltpu.make_async_copy(old, pages.at[layer, page[u]], sems.at[0])
         back.start()
         back.wait()
 
@@ -84,13 +84,14 @@ def write(
     k: jax.Array,
     v: jax.Array,
     pages: jax.Array,
+    layer: jax.Array,
     batch: RaggedBatch,
     *,
     layout: Layout,
     interpret: Any = False,
 ) -> jax.Array:
-    """Store the T chunk tokens k, v [T, K, D]; returns the pages [P, tiles, S, W], in place."""
-    T, S = k.shape[0], pages.shape[2]
+    """Store the T chunk tokens k, v [T, K, D] in a layer of pages [L, P, tiles, S, W], in place."""
+    T, S = k.shape[0], pages.shape[3]
     start, count = batch.chunk_start, batch.chunk_count
     C = start.shape[0]
     U = T // S + 2 * C  # count tokens touch at most (count - 2) // S + 2 pages
@@ -107,7 +108,7 @@ def write(
     new = layout.new_rows(k, v).astype(pages.dtype)  # [T, tiles, W]
     images = new[jnp.clip(rows, 0, T - 1)].swapaxes(1, 2)
     hbm, smem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.SMEM)
-    scratch = pltpu.VMEM(pages.shape[1:], pages.dtype)
+    scratch = pltpu.VMEM(pages.shape[2:], pages.dtype)
     return pl.pallas_call(
         _kernel,
         name="tpu_write",
@@ -123,4 +124,4 @@ def write(
         ],
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         interpret=interpret,
-    )(ends[-1:].astype(jnp.int32), page, begin, end, images, pages)
+    )(jnp.append(ends[-1:], layer).astype(jnp.int32), page, begin, end, images, pages)

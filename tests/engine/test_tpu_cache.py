@@ -14,7 +14,14 @@ from tests.engine.tiny import LLAMA, Client, Reference, make_engine, make_parts,
 def interpreted(cpu: Backend) -> Backend:
     """A fake TPU: its cache and its kernels, on this CPU."""
     attend = partial(tpu.attend, chunk=32, interpret=pltpu.InterpretParams())
-    return replace(cpu, attend=attend, init_cache=backend.init_cache, page_bytes=tpu.page_bytes)
+    return replace(
+        cpu,
+        attend=attend,
+        init_cache=backend.init_cache,
+        page_bytes=tpu.page_bytes,
+        layers=backend.layers,
+        stacked=True,
+    )
 
 
 def test_requests_that_share_a_prefix_get_the_text_of_plain_attention() -> None:

@@ -6,6 +6,7 @@ test_mesh.py runs them. By hand: JAX_NUM_CPU_DEVICES=8 pytest tests/mesh/on_eigh
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -37,15 +38,17 @@ HEADS = 8
 def folder_of(family: str, folder: Path) -> Path:
     """A tiny checkpoint whose sizes eight shards can cut."""
     if not folder.exists():
-        more = {"num_attention_heads": HEADS} | ({"head_dim": 8} if family != "phi3" else {})
+        more: dict[str, int] = {"num_attention_heads": HEADS} | (
+            {"head_dim": 8} if family != "phi3" else {}
+        )
         if family == "phi3":
             more["hidden_size"] = 64
         tiny_model(family, 0, **more).save_pretrained(folder)
     return folder
 
 
-def engine(folder: Path, mesh: str, **more: object) -> EngineCore:
-    settings = {
+def engine(folder: Path, mesh: str, **more: Any) -> EngineCore:
+    settings: dict[str, Any] = {
         "max_model_len": 128,
         "max_num_seqs": 3,
         "max_num_batched_tokens": 32,
@@ -63,7 +66,9 @@ def texts(core: EngineCore) -> list[list[int]]:
     client = Client(core)
     handles = []
     for i, length in enumerate(LENGTHS):
-        sampled = {"temperature": 0.9, "seed": 7, "top_p": 0.95, "top_k": 30} if i == 1 else {}
+        sampled: dict[str, Any] = (
+            {"temperature": 0.9, "seed": 7, "top_p": 0.95, "top_k": 30} if i == 1 else {}
+        )
         if i == 2:
             sampled = {"repetition_penalty": 1.3, "logit_bias": {"9": 2.0}, "logprobs": 3}
         text = prompt(length, seed=i % 3)

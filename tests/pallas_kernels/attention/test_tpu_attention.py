@@ -113,6 +113,20 @@ def test_rows_may_share_the_pages_of_a_prefix() -> None:
     assert relative_error(got, want) < TOLERANCE["bfloat16"]
 
 
+def test_a_layer_among_others_keeps_to_its_own_pages() -> None:
+    case = Case(rows=((5, 1), (0, 0)), chunks=((1, 3, 20),), chunk_tokens=32, heads=(4, 2, 128))
+    q, k, v, cache, batch = cases.inputs(case, dtype="bfloat16")
+    static: dict[str, Any] = dict(window=0, scale=0.1, softcap=0.0)
+    alone = tpu.TpuKV(packed(cache))
+    want, after = tpu.attend(q, k, v, alone, batch, **static, interpret=STRICT)
+    others = jnp.full_like(alone.pages, 7)
+    stack = tpu.TpuKV(jnp.stack([others, alone.pages, others]), jnp.int32(1))
+    got, stack = tpu.attend(q, k, v, stack, batch, **static, interpret=STRICT)
+    assert jnp.array_equal(got, want)
+    assert jnp.array_equal(stack.pages[1], after.pages)
+    assert (stack.pages[::2] == 7).all()
+
+
 @st.composite
 def steps(draw: Any) -> tuple[Case, str]:
     """Lengths lie on the edges of pages and buffers more often than not."""
