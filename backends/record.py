@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 
 class BackendError(ValueError):
@@ -71,6 +72,8 @@ class Backend:
     compiler_options: Callable[[int], Mapping[str, bool | int | str]] = lambda tokens: {}
     # compile(engine.programs.Job) -> what is called, where XLA does not run the programs
     compile: Callable[[Any], Any] | None = None
+    put: Callable[[np.ndarray], Any] = jax.device_put  # an array to where the programs find it
+    close: Callable[[], None] = lambda: None  # when the engine is closed
     autotuning: str = ""  # XLA's option for a folder that keeps what it found by trying
     # What its compiler cannot do; docs/design.md section 7.
     mixed: bool = True  # decode rows and prompt chunks in one program

@@ -5,6 +5,7 @@ import os
 import jax
 
 from octavo.backends import cpu, gpu, tpu
+from octavo.backends.neuron import choose
 from octavo.backends.record import Backend, BackendError
 
 
@@ -39,4 +40,6 @@ def select(device: str = "auto") -> Backend:
                 "install octavo[tpu] on a TPU VM, or use --device cpu"
             )
         return tpu.backend(f"tpu: our own paged attention, XLA for the rest ({asked})")
+    if device == "neuron":
+        return choose.backend(asked)
     raise BackendError(f"no backend record for {device} yet; use --device cpu")

@@ -20,7 +20,7 @@ from octavo.engine.memory import Resolved, resolve
 from octavo.engine.text.opened import open_text
 from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from octavo.models.config import ModelConfig, ModelConfigError
-from octavo.models.load import LoadError, load_params, random_params
+from octavo.models.load import LoadError, Put, load_params, random_params
 from octavo.models.registry import Model
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -72,7 +72,8 @@ def assemble(
         if decided is not None:
             decided(backend, resolved)
         began = time.perf_counter()
-        params = load_weights(config, checkpoint, resolved.model, resolved.dtype, progress)
+        model, dtype = resolved.model, resolved.dtype
+        params = load_weights(config, checkpoint, model, dtype, progress, backend.put)
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
     return Parts(backend, resolved, params, eos, time.perf_counter() - began, vocabulary)
@@ -89,14 +90,17 @@ def load_weights(
     model: Model,
     dtype: Any,
     progress: Progress | None = None,
+    put: Put = jax.device_put,
 ) -> Any:
     """Every parameter of `model`, in its place."""
     if config.load_format == "dummy":
-        return random_params(model, config.seed, dtype)
+        return random_params(model, config.seed, dtype, put)
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
-        return load(checkpoint.path, model.abstract_params(dtype))
+        params = load(checkpoint.path, model.abstract_params(dtype))
+        elsewhere = put is not jax.device_put
+        return jax.tree.map(lambda leaf: put(np.asarray(leaf)), params) if elsewhere else params
     report = None
     if progress is not None:
 
@@ -111,11 +115,6 @@ def load_weights(
         put=put,
         progress=report,
     )
-
-
-def put(array: np.ndarray) -> jax.Array:
-    """One parameter to its place."""
-    return jax.device_put(array)
 
 
 def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:

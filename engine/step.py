@@ -53,7 +53,7 @@ class Passed:
     """What a forward pass hands to sampling."""
 
     hidden: jax.Array  # [R, E] of each row's last token
-    chunk_hidden: jax.Array  # [T, E] of the chunk tokens; [0, E] where nobody asks
+    chunk_hidden: jax.Array | None  # [T, E] of the chunk tokens; None where there are none
     live: jax.Array  # bool[R] the row's hidden state is to be sampled
 
 
@@ -210,7 +210,7 @@ def forward(
     length, picked, final = _after(slots, flat, hidden, rows, decode)
     state = replace(state, slots=replace(slots, length=length), pages=tuple(groups), kv=kv)
     live = slots.active[:rows] | final if decode else final
-    passed = Passed(picked, hidden[decode:], live)
+    passed = Passed(picked, hidden[decode:] if tokens else None, live)
     return state, passed, jnp.concatenate(taken)
 
 

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -21,8 +21,14 @@ from pathlib import Path
 
 from octavo.backends.neuron import neff
 from octavo.backends.neuron.compiler import Compiler, Options
-from octavo.backends.neuron.errors import CacheMiss, CompileFailed, CompilerMissing
+from octavo.backends.neuron.errors import (
+    CacheMiss,
+    CompileFailed,
+    CompilerMissing,
+    NeffTargetMismatch,
+)
 from octavo.backends.neuron.exported import Exported
+from octavo.backends.neuron.hlo import Module
 
 FORMAT = 1  # of what is kept, and of what the exporter makes
 KILLED_OR_LATE = ("it was killed", "it took more than", "it ended well")
@@ -38,15 +44,12 @@ class NeffCache:
         *,
         require_cached: bool = False,
         retry_failed: bool = False,
-        canonical: Callable[[bytes], bytes] = bytes,
     ) -> None:
-        """compiler: None where there is none. canonical: the HLO without what changes from run to
-        run and not the program (names, source lines)."""
+        """compiler: None where there is none."""
         self.root = root
         self.compiler = compiler
         self.require_cached = require_cached
         self.retry_failed = retry_failed
-        self.canonical = canonical
         self.hits = 0
         self.misses = 0
 
@@ -59,6 +62,8 @@ class NeffCache:
         folder = self._kept(name, options)
         if folder is None:
             folder = self._folder(name, options)
+            if self.require_cached or self.compiler is None:
+                self._check_targets(exported.name, options)
             if self.require_cached:
                 raise CacheMiss(exported.name, folder)
             if self.compiler is None:
@@ -77,7 +82,7 @@ class NeffCache:
         parts = [str(FORMAT), json.dumps(options.flags()), str(exported.ranks)]
         parts += [json.dumps(exported.aliases)]
         digest = sha256("\n".join(parts).encode())
-        digest.update(self.canonical(exported.hlo))
+        digest.update(without_sources(exported.hlo))
         return digest.hexdigest()[:32]
 
     def _folder(self, key: str, options: Options) -> Path:
@@ -91,6 +96,15 @@ class NeffCache:
             places = list(self.root.glob(f"*/{options.target.name}/{key}"))
         there = [place for place in places if (place / "model.neff").exists()]
         return max(there, key=lambda place: place.stat().st_mtime, default=None)
+
+    def _check_targets(self, graph: str, options: Options) -> None:
+        """Raises NeffTargetMismatch where the graph was compiled, but for other hardware only."""
+        here, found = options.target.name, set()
+        for manifest in self.root.glob("*/*/*/manifest.json"):
+            if json.loads(manifest.read_text())["name"] == graph:
+                found.add(manifest.parent.parent.name)
+        if found and here not in found:
+            raise NeffTargetMismatch(graph, min(found), here)
 
     def _make(self, folder: Path, exported: Exported, options: Options, compiler: Compiler) -> None:
         failed = folder.with_suffix(".failed.json")
@@ -115,6 +129,21 @@ class NeffCache:
         _write(building / "manifest.json", json.dumps(manifest, indent=1).encode())
         log.rename(building / "log")
         building.rename(folder)
+
+
+def without_sources(hlo: bytes) -> bytes:
+    """The module without where its operations come from: folders differ from machine to machine."""
+    try:
+        module = Module.parse(hlo)
+    except (ValueError, IndexError, StopIteration):
+        return hlo
+    if not module.computations:
+        return hlo
+    module.frames = b""
+    for computation in module.computations:
+        for instruction in computation.instructions:
+            instruction.metadata = b""
+    return module.encode()
 
 
 def _manifest(exported: Exported, options: Options, compiler: Compiler) -> dict[str, object]:

@@ -20,6 +20,7 @@ from octavo.backends.neuron.errors import CompileFailed, NeffInvalid
 from octavo.backends.neuron.targets import Target
 
 TIME_LIMIT = 3600.0  # seconds; a large graph takes tens of minutes
+LIST_SECONDS = 120
 ERROR = re.compile(r"\bNCC_[A-Z]+\d+\b")
 _SMALLER = (
     "use a smaller --max-num-batched-tokens and a shorter --max-model-len, or more cores with "
@@ -102,6 +103,15 @@ class Compiler:
                 how = f"it ended well, but {getattr(error, 'message', 'wrote no model.neff')}"
                 raise CompileFailed(graph, how, "", "see that the disk is not full", log) from None
             return data
+
+    def operators(self) -> list[str]:
+        """What it says that it compiles. Raises OSError or subprocess.SubprocessError."""
+        argv = [*self.command, "list-operators", "--framework", "XLA"]
+        with tempfile.TemporaryDirectory(prefix="octavo-neuronx-cc-") as folder:
+            done = subprocess.run(
+                argv, cwd=folder, capture_output=True, text=True, timeout=LIST_SECONDS, check=True
+            )
+        return done.stdout.split()
 
     def _run(self, argv: list[str], folder: str, graph: str, log: Path) -> int:
         """The exit code; negative is a signal. Raises CompileFailed where it took too long."""

@@ -19,8 +19,13 @@ DESCRIPTION = """\
 Check this machine: Python, packages, devices, memory, caches and built-in models.
 Every line says ok or warn; a warning comes with what to do. It exits 0 unless nothing can run.
 
-example:
+`octavo doctor neuron` compiles and runs small graphs on an AWS Inferentia or Trainium instance, and
+says what is proven there, what failed and what could not be asked; it exits 0 when a model can be
+served.
+
+examples:
   octavo doctor
+  octavo doctor neuron
 """
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "gguf", "pyzmq")
@@ -39,11 +44,16 @@ class Line:
 
 def register(subparsers: Any) -> None:
     """Add the command to the command line."""
-    subparsers.add_parser("doctor", help="check this machine", description=DESCRIPTION)
+    parser = subparsers.add_parser("doctor", help="check this machine", description=DESCRIPTION)
+    parser.add_argument(
+        "hardware", nargs="?", choices=("neuron",), help="run the checks of this hardware instead"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print every finding; 1 if one of them is a failure."""
+    if args.hardware == "neuron":
+        return int(import_module("octavo.cli.doctor_neuron").run())
     failed = False
     for check in CHECKS:
         for line in guarded(check):

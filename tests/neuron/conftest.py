@@ -21,7 +21,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake() -> Compiler:
     """A Compiler that runs the fake neuronx-cc."""
     return Compiler(FAKE, "fake-1", time_limit=20, jobs=2)

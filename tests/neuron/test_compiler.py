@@ -11,6 +11,7 @@ from octavo.backends.neuron import errors
 from octavo.backends.neuron.cache import NeffCache
 from octavo.backends.neuron.compiler import Compiler, Options
 from octavo.backends.neuron.exported import Exported
+from octavo.backends.neuron.hlo import Computation, Instruction, Module, Shape
 from octavo.backends.neuron.targets import target_of
 from tests.neuron.conftest import FAKE
 
@@ -126,7 +127,7 @@ def test_a_refused_graph_is_not_tried_again_until_asked(cache, calls, monkeypatc
 
 @pytest.mark.parametrize("how", ["kill", "partial", "slow:30"])
 def test_a_compiler_that_was_stopped_is_tried_again(cache, calls, monkeypatch, how) -> None:
-    cache.compiler.time_limit = 2.0
+    cache.compiler = Compiler(FAKE, "fake-1", time_limit=2.0, jobs=2)
     monkeypatch.setenv("FAKE_NEURONX_CC", how)
     with pytest.raises(errors.CompileFailed):
         cache.get(GRAPH, INF2)
@@ -136,7 +137,7 @@ def test_a_compiler_that_was_stopped_is_tried_again(cache, calls, monkeypatch, h
 
 
 def test_a_slow_compiler_is_ended_and_the_limit_named(cache, monkeypatch) -> None:
-    cache.compiler.time_limit = 0.5
+    cache.compiler = Compiler(FAKE, "fake-1", time_limit=0.5, jobs=2)
     monkeypatch.setenv("FAKE_NEURONX_CC", "slow:30")
     with pytest.raises(errors.CompileFailed, match="OCTAVO_NEURON_COMPILE_TIMEOUT"):
         cache.get(GRAPH, INF2)
@@ -157,6 +158,25 @@ def test_two_processes_compile_a_graph_once(tmp_path, calls, monkeypatch) -> Non
     with get_context("spawn").Pool(2) as pool:
         sizes = pool.map(_compile, [str(tmp_path / "neffs")] * 2, chunksize=1)
     assert sizes[0] == sizes[1] and len(called(calls)) == 1
+
+
+def test_a_graph_that_was_compiled_for_other_hardware_is_named(cache) -> None:
+    cache.get(GRAPH, Options(target_of("trn1")))
+    without = NeffCache(cache.root, None, require_cached=True)
+    with pytest.raises(errors.NeffTargetMismatch, match="for trn1.*--target inf2"):
+        without.get(GRAPH, INF2)
+
+
+def test_where_operations_come_from_does_not_decide_the_entry(cache) -> None:
+    module = Module("m", 1, [Computation(1, "main", 2, [])], [])
+    keys = set()
+    for metadata, frames in ((b"", b""), (b"\x10\x05", b"\x0a\x01a")):
+        operation = Instruction(2, "p", "parameter", Shape("f32", (3,)).encode())
+        operation.metadata, module.frames = metadata, frames
+        module.computations[0].instructions = [operation]
+        keys.add(cache.key(replace(GRAPH, hlo=module.encode()), INF2))
+    operation.parameter = 1
+    assert cache.key(replace(GRAPH, hlo=module.encode()), INF2) not in keys and len(keys) == 1
 
 
 def test_a_half_written_neff_is_not_loaded(cache) -> None:

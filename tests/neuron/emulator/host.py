@@ -12,7 +12,7 @@ import sys
 import tarfile
 import traceback
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_size_t, c_uint32, c_void_p
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from threading import Condition, Lock
 from typing import Any
@@ -26,7 +26,7 @@ from octavo.backends.neuron.exported import BYTES
 try:
     from jaxlib._hlo import XlaComputation  # type: ignore[import-not-found]
 except ImportError:  # jaxlib 0.10.0
-    from jaxlib._jax import XlaComputation
+    from jaxlib._jax import XlaComputation  # type: ignore[import-not-found]
 
 SOURCE = Path(__file__).parent / "libnrt.c"
 HEADER = 1024
@@ -153,18 +153,22 @@ class Program:
         self.outputs = [_port(part) for part in shape.result_shape().tuple_shapes()]
         self.ranks = ranks
         self.loaded: set[int] = set()
+        self._computation = computation
         self._devices = jax.devices("cpu")[:ranks]
-        options = xla.CompileOptions()
-        options.num_replicas, options.num_partitions = ranks, 1
-        numbers = np.arange(ranks, dtype=np.int32)[:, None]
-        options.device_assignment = xla.DeviceAssignment.create(numbers)
-        module = xla.mlir.xla_computation_to_mlir_module(computation)
-        devices = xla.DeviceList(tuple(self._devices))
-        client = self._devices[0].client
-        self._program = client.compile_and_load(module, devices, options)
         self._meeting = Condition()
         self._arrived: dict[int, list[Any]] = {}
         self._results: dict[int, list[np.ndarray]] = {}
+
+    @cached_property
+    def _program(self) -> Any:
+        """Compiled when it first runs: an engine loads more programs than a test uses."""
+        options = xla.CompileOptions()
+        options.num_replicas, options.num_partitions = self.ranks, 1
+        numbers = np.arange(self.ranks, dtype=np.int32)[:, None]
+        options.device_assignment = xla.DeviceAssignment.create(numbers)
+        module = xla.mlir.xla_computation_to_mlir_module(self._computation)
+        devices = xla.DeviceList(tuple(self._devices))
+        return self._devices[0].client.compile_and_load(module, devices, options)
 
     def run(self, rank: int, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """The results of one rank; waits until all ranks are here."""

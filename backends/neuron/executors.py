@@ -1,0 +1,166 @@
+"""Two ways to run the step on Neuron cores, behind one interface.
+
+`Pjrt`: jax's own `neuron` platform; the ordinary engine on its devices.
+`Aot`: ahead of time. jax only traces, on the host; each program is exported, checked by the rules,
+compiled by neuronx-cc or found compiled, and run by libnrt. Of AWS's software it needs the runtime
+alone, and where everything was compiled elsewhere not even the compiler.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from octavo.backends.neuron import export, lint, targets
+from octavo.backends.neuron.cache import NeffCache
+from octavo.backends.neuron.compiler import Options
+from octavo.backends.neuron.errors import LintError, NoNeuronDevice
+from octavo.backends.neuron.runner import Cores
+
+MANY = 128  # tokens from which a program is a prompt's, which compiles for long
+
+
+class Job(export.Job, Protocol):
+    """A program of the step (`engine.programs.Job` is one)."""
+
+    @property
+    def tokens(self) -> int: ...  # that it runs
+
+
+class Executor(Protocol):
+    """Where programs and arrays go."""
+
+    @property
+    def name(self) -> str: ...
+
+    def compile(self, job: Job) -> Callable[..., Any]:
+        """The program, ready to be called with what `put` and other programs gave."""
+
+    def put(self, array: np.ndarray) -> Any:
+        """An array to the device."""
+
+    def memory(self) -> int:
+        """Bytes that may still be taken on the fullest core."""
+
+    def close(self) -> None:
+        """Give the device back."""
+
+
+class Aot:
+    """Graphs that were compiled by neuronx-cc, run through libnrt."""
+
+    name = "aot"
+
+    def __init__(
+        self,
+        cores: Cores,
+        cache: NeffCache,
+        target: targets.Target,
+        *,
+        lnc: int = 0,
+        flags: tuple[str, ...] = (),
+    ) -> None:
+        targets.check_x64(bool(jax.config.values["jax_enable_x64"]))
+        self.cores = cores
+        self.cache = cache
+        self.target = target
+        self._lnc, self._flags = lnc, flags
+
+    def compile(self, job: Job) -> Callable[..., Any]:
+        """Raises LintError, CompileFailed, CacheMiss, NrtError and others of `errors`."""
+        if not export.can_export(job):
+            return self._first_state(job)
+        graph = export.export_job(job, self.cores.ranks)
+        if found := lint.errors(lint.lint(graph.exported, self.target)):
+            raise LintError(graph.exported.name, found)
+        data = self.cache.get(graph.exported, self.options(job))
+        return graph.call(self.cores.load(graph.exported, data))
+
+    def options(self, job: Job) -> Options:
+        """How a program is compiled."""
+        level = 1 if job.tokens >= MANY else 2
+        return Options(self.target, level, self._lnc, self._flags)
+
+    def _first_state(self, job: Job) -> Callable[[], Any]:
+        """What makes the empty state is no graph: the cache becomes zeros where it lies, and the
+        rest, which is small, is computed here."""
+        kv = jax.eval_shape(job.function).kv
+        rest = jax.jit(lambda: job.function().replace(kv=())).lower().compile()
+
+        def empty() -> Any:
+            state = jax.tree.map(lambda leaf: self.put(np.asarray(leaf)), rest())
+            return state.replace(
+                kv=jax.tree.map(lambda leaf: self.cores.zeros(leaf.shape, leaf.dtype), kv)
+            )
+
+        return empty
+
+    def put(self, array: np.ndarray) -> Any:
+        """A copy to each core."""
+        return self.cores.put(array)
+
+    def memory(self) -> int:
+        """As the runtime has it."""
+        used, limit = self.cores.memory()
+        return int(limit * targets.USABLE) - used
+
+    def close(self) -> None:
+        """Free everything and give the cores back."""
+        self.cores.close()
+
+
+class Pjrt:
+    """Programs of jax on its `neuron` platform."""
+
+    name = "pjrt"
+
+    def __init__(self, target: targets.Target, devices: tuple[jax.Device, ...]) -> None:
+        """Raises NoNeuronDevice where there is none."""
+        if not devices:
+            raise NoNeuronDevice("jax sees none, although its plugin is there")
+        targets.check_x64(bool(jax.config.values["jax_enable_x64"]))
+        self.target = target
+        self.devices = devices
+        self.donates = donation_works(devices[0])
+
+    def compile(self, job: Job) -> Callable[..., Any]:
+        """Donated arrays are copied instead where donation was seen to give wrong numbers."""
+        donate = job.donate if self.donates else ()
+        lowered = jax.jit(job.function, donate_argnums=donate).lower(*job.arguments)
+        program: Callable[..., Any] = lowered.compile()
+        return program
+
+    def put(self, array: np.ndarray) -> Any:
+        """To the first device."""
+        return jax.device_put(array, self.devices[0])
+
+    def memory(self) -> int:
+        """As the plugin has it, else what such a core is sold with."""
+        stats = self.devices[0].memory_stats() or {}
+        limit = int(stats.get("bytes_limit", 0)) or self.target.usable
+        return limit - int(stats.get("bytes_in_use", 0))
+
+    def close(self) -> None:
+        """Nothing: the platform is jax's."""
+
+
+def donation_works(device: jax.Device) -> bool:
+    """Whether a donated array that is updated in place, call after call, holds what it should."""
+
+    def step(cache: jax.Array, row: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        cache = cache.at[row].set(value, mode="promise_in_bounds", unique_indices=True)
+        return cache, jnp.sum(cache, axis=0)
+
+    program = jax.jit(step, donate_argnums=0)
+    cache = jax.device_put(np.zeros((8, 64), np.float32), device)
+    wanted = np.zeros((8, 64), np.float32)
+    for i in range(4):
+        value = np.arange(64, dtype=np.float32)[None] + i
+        row = np.array([(3 * i) % 8], np.int32)
+        wanted[row] = value
+        cache, total = program(cache, jax.device_put(row, device), jax.device_put(value, device))
+        if not np.array_equal(np.asarray(total), wanted.sum(0)):
+            return False
+    return bool(np.array_equal(np.asarray(cache), wanted))
