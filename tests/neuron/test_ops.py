@@ -29,7 +29,7 @@ def without_rows(batch: RaggedBatch) -> RaggedBatch:
     """A step that only runs prompts: its tables stay, its rows go."""
     R = batch.row_start.shape[0]
     tokens = {name: getattr(batch, name)[R:] for name in ("dest", "position", "slot", "real")}
-    return batch.replace(row_start=batch.row_start[:0], row_count=batch.row_count[:0], **tokens)
+    return replace(batch, row_start=batch.row_start[:0], row_count=batch.row_count[:0], **tokens)
 
 
 @pytest.mark.parametrize("case", [ROWS, PROMPT], ids=["rows", "prompt"])
@@ -58,7 +58,7 @@ def test_a_context_cut_to_what_is_held_changes_nothing() -> None:
     q, k, v, cache, batch = inputs(replace(ROWS, rows=((0, 1), (15, 1), (30, 1))))
     static: dict[str, Any] = {"window": 0, "softcap": 0.0, "scale": 0.125}
     want, _ = ops.attend(q, k, v, flat(cache), batch, **static)
-    got, _ = ops.attend(q, k, v, flat(cache), batch.replace(table=batch.table[:, :2]), **static)
+    got, _ = ops.attend(q, k, v, flat(cache), replace(batch, table=batch.table[:, :2]), **static)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
