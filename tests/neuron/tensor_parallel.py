@@ -1,6 +1,6 @@
 """Runs exported graphs of several ranks on as many virtual CPU devices; a program of its own.
 
-    python -m tests.neuron.tensor_parallel llama:2 gemma3:8
+python -m tests.neuron.tensor_parallel llama:2 gemma3:8
 """
 
 import os
@@ -13,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
+import numpy as np
 
 from octavo.backends.neuron import export
 from octavo.backends.neuron.lint import errors, lint
@@ -26,10 +27,13 @@ from octavo.engine.core import EngineCore
 from octavo.engine.memory import resolve
 from octavo.engine.programs import Job
 from octavo.models.config import ModelConfig
-from octavo.models.load import random_params
+from octavo.models.load import load_params
+from octavo.models.registry import Model, build
+from octavo.models.tensors import shape
 from tests.engine.tiny import GEMMA3, LLAMA, SIZES, run_one
 from tests.neuron.on_cpu import Ranks, load
 
+# Of eight ranks, each has a copy of a key-value head.
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA | HEADS,
@@ -69,6 +73,17 @@ def lazy() -> Backend:
     return replace(made, compile=lambda job: jax.jit(job.function, donate_argnums=job.donate))
 
 
+def checkpoint(model: Model) -> dict[str, np.ndarray]:
+    """Random tensors by their names, the same however the model is cut."""
+    pieces = [piece for t in jax.tree.leaves(model.tensors) for piece in t.pieces]
+    made = {}
+    for piece in pieces:
+        dims = shape(piece.whole or piece.axes, model.config.sizes)
+        random = np.random.default_rng(list(piece.name.encode()))
+        made[piece.name] = random.standard_normal(dims, np.float32) * dims[-1] ** -0.5
+    return made
+
+
 def text(facts: dict[str, Any], backend: Backend, mesh: str) -> list[int]:
     """64 tokens of random weights, which depend on the model alone."""
     config = EngineConfig(
@@ -83,7 +98,8 @@ def text(facts: dict[str, Any], backend: Backend, mesh: str) -> list[int]:
     )
     resolved = resolve(config, backend, ModelConfig.from_hf(facts))
     place = place_of(backend, resolved)
-    params = random_params(resolved.model, 1, resolved.dtype, put=place.put_weight)
+    stored = checkpoint(build(ModelConfig.from_hf(facts), resolved.max_model_len))
+    params = load_params(resolved.model, stored.__getitem__, stored, "float32", place.put_weight)
     core = EngineCore(config, parts=Parts(backend, resolved, params, [], 0.0))
     sampled = run_one(core, PROMPT, max_tokens=64)
     core.close()
