@@ -28,9 +28,10 @@ from octavo.engine.assemble import (
     refusals,
 )
 from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.job import Job
 from octavo.engine.memory import Resolved, resolve, size
 from octavo.engine.prepare import readable
-from octavo.engine.programs import Job, Programs
+from octavo.engine.programs import Programs
 from octavo.engine.runner import choose_runner
 from octavo.engine.step import Machine
 from octavo.models.config import ModelConfig
