@@ -12,7 +12,7 @@ PORT ?= 8000
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 PACKAGING := pyproject.toml setup.py $(wildcard constraints/*.txt)
 
-.PHONY: serve test lint smoke smoke-oldest smoke-newest aot bench wheel-check clean
+.PHONY: serve test lint smoke smoke-oldest smoke-newest aot bench deploy wheel-check clean
 
 serve: $(VENV)/.installed $(VENV)/.demo
 	$(BIN)/octavo serve $(MODEL) --port $(PORT)
@@ -81,5 +81,16 @@ $(AOT)/.installed: $(PACKAGING)
 	$(AOT)/bin/python $(PIP_INSTALL) -c constraints/py311.txt -e '.[aot]'
 	touch $@
 
+# Replicas under Ray Serve, and the manifests against Kubernetes' own schemas.
+DEPLOY := .venv-deploy
+
+deploy: $(DEPLOY)/.installed
+	$(DEPLOY)/bin/python -m pytest -W ignore tests/deploy tests/replicas
+
+$(DEPLOY)/.installed: $(PACKAGING)
+	$(PYTHON) -m venv $(DEPLOY)
+	$(DEPLOY)/bin/python $(PIP_INSTALL) -c constraints/py311.txt -e '.[deploy]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(AOT) .venv-oldest .venv-newest build dist *.egg-info
+	rm -rf $(VENV) $(AOT) $(DEPLOY) .venv-oldest .venv-newest build dist *.egg-info

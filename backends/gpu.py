@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 from octavo.backends import plain
-from octavo.backends.cpu import more_than_one_device
 from octavo.backends.record import Backend
 from octavo.pallas_kernels.attention import blockwise, gpu
 from octavo.pallas_kernels.attention.batch import RaggedBatch
@@ -78,8 +77,6 @@ def compiler_options(tokens: int) -> dict[str, bool | int | str]:
 
 def why_not(config: Any) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
-    if more_than_one_device(config.mesh):
-        return f"the gpu backend runs on one device, got `mesh={config.mesh}`; leave `mesh` empty"
     return None
 
 

@@ -17,20 +17,30 @@ SETTINGS = (
 )
 
 
-def identity() -> tuple[object, ...]:
-    """Two processes of equal identity can run each other's programs. Its repr is complete."""
-    device = jax.devices()[0]
+def identity(devices: tuple[jax.Device, ...] = ()) -> tuple[object, ...]:
+    """Two processes of equal identity can run each other's programs. Its repr is complete.
+
+    `devices` are those that a program runs on, all of this process without.
+    """
+    devices = devices or tuple(jax.devices())
+    device = devices[0]
     return (
         jax.__version__,
         metadata.version("jaxlib"),
         device.platform,
         device.device_kind,
         device.client.platform_version,
-        len(jax.devices()),
+        len(devices),
         _processor() if device.platform == "cpu" else "",
         [(name, str(jax.config.values.get(name))) for name in SETTINGS],
-        [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        [_flags(name, device.platform) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
     )
+
+
+def _flags(name: str, kind: str) -> str:
+    """An environment variable's flags, those for another kind of device left out."""
+    words = os.environ.get(name, "").split()
+    return " ".join(w for w in words if kind == "gpu" or not w.startswith("--xla_gpu"))
 
 
 @cache

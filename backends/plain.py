@@ -31,9 +31,8 @@ def linear(x: jax.Array, layer: Projection) -> jax.Array:
 def grouped_linear(
     x: jax.Array, weight: jax.Array, sizes: jax.Array, first: jax.Array | int = 0
 ) -> jax.Array:
-    """x [N, in] sorted by expert, weight [.., in, out...], sizes i32[X] -> [N, out...].
-
-    The X experts begin at weight[first].
+    """x [N, in] sorted by expert, weight [.., in, out], sizes i32[X] -> [N, out]. The X experts
+    begin at weight[first].
 
     A loop over tiles of rows of one expert, so that experts without rows cost nothing. A tile that
     reaches past its expert's rows computes garbage, which the next tile overwrites. Rows past the
@@ -51,10 +50,9 @@ def grouped_linear(
         at = begin[expert] + (i - (end[expert] - tiles[expert])) * tile
         rows = jax.lax.dynamic_slice_in_dim(x, at, tile)
         w = jax.lax.dynamic_index_in_dim(weight, first + expert, keepdims=False)
-        made = jax.lax.dot_general(rows, w, (((1,), (0,)), ((), ())))
-        return jax.lax.dynamic_update_slice_in_dim(y, made, at, 0)
+        return jax.lax.dynamic_update_slice_in_dim(y, rows @ w, at, 0)
 
-    y = jnp.zeros((N + tile, *weight.shape[2:]), x.dtype)
+    y = jnp.zeros((N + tile, weight.shape[2]), x.dtype)
     return jax.lax.fori_loop(0, end[-1], one, y)[:N]
 
 

@@ -60,6 +60,9 @@ class Backend:
     layers: Callable[..., tuple[jax.Array, Any]]
     stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
 
+    # stack_format(axes, sharding): how a stack of layers' weights of so many axes lies in memory
+    stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
+
     row_buckets: Callable[[int], tuple[int, ...]]  # of max_num_seqs, ascending, the last is it
     token_buckets: Callable[[int], tuple[int, ...]]  # of max_num_batched_tokens, likewise
 
@@ -72,13 +75,16 @@ class Backend:
     compiler_options: Callable[[int], Mapping[str, bool | int | str]] = lambda tokens: {}
     # compile(engine.programs.Job) -> what is called, where XLA does not run the programs
     compile: Callable[[Any], Any] | None = None
-    put: Callable[[np.ndarray], Any] = jax.device_put  # an array to where the programs find it
+    # put(array, axis): an array to where those find it, cut among the cores along axis, if any
+    put: Callable[[np.ndarray, int | None], Any] | None = None
+    cores: int = 0  # for a mesh of what are no devices of jax: how many there may be
     close: Callable[[], None] = lambda: None  # when the engine is closed
     autotuning: str = ""  # XLA's option for a folder that keeps what it found by trying
     # What its compiler cannot do; docs/design.md section 7.
     mixed: bool = True  # decode rows and prompt chunks in one program
     most_chunks: int = 0  # prompt chunks in one step; 0 is as many as a plan holds
-    branches: bool = True  # conditionals, infinities, and loops that end when the device says so
+    # Conditionals, infinities, loops that end when the device says so, integers across devices.
+    branches: bool = True
     dense_experts: bool = False  # every expert meets every token
     # Of the pages of the longest sequence: how many a program looks at, ascending, the last is it.
     context_buckets: Callable[[int], tuple[int, ...]] = lambda pages: (pages,)
@@ -89,6 +95,7 @@ class Backend:
     small_steps: int = 1
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device
+    shared_memory: bool = False  # all devices have the same memory
     # why_not(config): why an EngineConfig-like object cannot be served here, and what to change
     why_not: Callable[[Any], str | None]
 

@@ -1,6 +1,7 @@
 """Which backend runs here."""
 
 import os
+from contextlib import suppress
 
 import jax
 
@@ -9,8 +10,10 @@ from octavo.backends.neuron import choose
 from octavo.backends.record import Backend, BackendError
 
 
-def select(device: str = "auto") -> Backend:
+def select(device: str = "auto", count: int = 1) -> Backend:
     """The backend for `device` (auto, cpu, gpu, tpu or neuron), which says why it was chosen.
+
+    count: devices that a mesh needs. A CPU is as many as jax is asked for before it starts.
 
     Raises BackendError where jax sees no such device, or Octavo has no backend for it.
     """
@@ -20,6 +23,9 @@ def select(device: str = "auto") -> Backend:
     flags = os.environ.get("XLA_FLAGS", "")
     if device in ("auto", "gpu") and "command_buffer" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=+CONDITIONAL".strip()
+    if count > 1:
+        with suppress(RuntimeError):  # it has started: what it has is what there is
+            jax.config.update("jax_num_cpu_devices", count)
     found = jax.default_backend()
     asked = f"--device {device}"
     if device == "auto":

@@ -2,31 +2,43 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 
 from octavo.backends import plain
-from octavo.backends.cpu import more_than_one_device
+from octavo.backends.chips import Chip, chip_of
 from octavo.backends.record import Backend, Layer, doubling
 from octavo.models.layers import Experts
 from octavo.models.ops import Stacks
 from octavo.pallas_kernels.attention import tpu
 
+LANES = 128
+# A step scatters and gathers a few numbers a row: less work than starting another core for it, and
+# programs for that core take longest to compile.
+OPTIONS: dict[str, bool | int | str] = {
+    "xla_tpu_enable_offloading_scatter_to_sparsecore": False,
+    "xla_tpu_enable_offloading_gather_to_sparsecore": False,
+}
 PAGE = 32  # one tile of 8-bit keys; larger pages gain less than 5 % of a decode step's copies
 
 
 def backend(reason: str) -> Backend:
     """The record of the TPU that is here."""
     device = jax.devices("tpu")[0]
-    return record(reason, (device,), _free_memory(device))
+    return record(reason, (device,), _free_memory(device), chip_of(device.device_kind))
 
 
 def record(
-    reason: str, devices: tuple[jax.Device, ...], memory_limit: Callable[[], int]
+    reason: str,
+    devices: tuple[jax.Device, ...],
+    memory_limit: Callable[[], int],
+    chip: Chip | None,
 ) -> Backend:
-    """The record of any TPU; with no devices it only compiles."""
+    """The record of any TPU; without devices, or with those of a topology, it serves nothing."""
     return Backend(
         name="tpu",
         reason=reason,
@@ -38,12 +50,14 @@ def record(
         grouped_linear=plain.grouped_linear,
         layers=layers,
         stacked=True,
+        stack_format=partial(stack_format, chip.stack_rows if chip else 0),
         row_buckets=lambda most: doubling(min(8, most), most),
         token_buckets=lambda most: doubling(min(128, most), most),
         max_num_seqs=128,
         max_num_batched_tokens=2048,
         page_size=PAGE,
         dtype="bfloat16",
+        compiler_options=lambda tokens: OPTIONS,
         memory_limit=memory_limit,
         why_not=why_not,
     )
@@ -101,6 +115,16 @@ def layers(
     return x, pools
 
 
+def stack_format(rows: int, axes: int, sharding: Any) -> Any:
+    """How stacked matrices lie on a chip whose register tiles of weights have `rows` rows.
+
+    In jax's own layout, of 8 rows, XLA would copy the whole stack into this one at every step.
+    """
+    if not rows or axes < 3:
+        return sharding
+    return Format(Layout(tuple(range(axes)), tiling=((rows, LANES), (2, 1))), sharding)
+
+
 def cut(stack: Any, i: jax.Array) -> Any:
     """Layer i of a tree of stacked weights; experts stay in their stack, and know their layer."""
 
@@ -115,8 +139,6 @@ def cut(stack: Any, i: jax.Array) -> Any:
 
 def why_not(config: Any) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
-    if more_than_one_device(config.mesh):
-        return f"the tpu backend runs on one device, got `mesh={config.mesh}`; leave `mesh` empty"
     kind = config.kv_cache_dtype
     if kind == "auto":
         kind = "bfloat16" if config.dtype == "auto" else config.dtype

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,15 @@ import numpy as np
 
 from octavo.backends.record import Backend
 from octavo.backends.select import select
-from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig, devices_of
 from octavo.engine.grammar.vocabulary import Vocabulary
 from octavo.engine.host import Limits
 from octavo.engine.memory import Resolved, resolve
+from octavo.engine.mesh import Placement
 from octavo.engine.text.opened import open_text
 from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from octavo.models.config import ModelConfig, ModelConfigError
-from octavo.models.load import LoadError, Put, load_params, random_params
-from octavo.models.registry import Model
+from octavo.models.load import LoadError, load_params, random_params, ranks
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -66,14 +66,15 @@ def assemble(
 
     `decided` is called between the last two: from there on everything can be compiled.
     """
-    backend = select(config.device)
+    backend = select(config.device, devices_of(config.mesh))
     with refusals(), closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
         if decided is not None:
             decided(backend, resolved)
         began = time.perf_counter()
-        model, dtype = resolved.model, resolved.dtype
-        params = load_weights(config, checkpoint, model, dtype, progress, backend.put)
+        params = load_weights(
+            config, checkpoint, place_of(backend, resolved), resolved.dtype, progress
+        )
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
     return Parts(backend, resolved, params, eos, time.perf_counter() - began, vocabulary)
@@ -87,20 +88,22 @@ def read_vocabulary(config: EngineConfig, size: int, ends: list[int]) -> Vocabul
 def load_weights(
     config: EngineConfig,
     checkpoint: Checkpoint,
-    model: Model,
+    place: Placement,
     dtype: Any,
     progress: Progress | None = None,
-    put: Put = jax.device_put,
 ) -> Any:
-    """Every parameter of `model`, in its place."""
+    """Every parameter of the model, in its place."""
+    model = place.model
     if config.load_format == "dummy":
-        return random_params(model, config.seed, dtype, put)
+        return random_params(
+            model, config.seed, dtype, put=place.put_weight, stack_format=place.stack_format
+        )
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
-        params = load(checkpoint.path, model.abstract_params(dtype))
-        elsewhere = put is not jax.device_put
-        return jax.tree.map(lambda leaf: put(np.asarray(leaf)), params) if elsewhere else params
+        if place.send is None and place.mesh is None:
+            return load(checkpoint.path, place.abstract_params(dtype))
+        return load_over(place, checkpoint.path, dtype)
     report = None
     if progress is not None:
 
@@ -112,9 +115,30 @@ def load_weights(
         checkpoint.get,
         checkpoint.names(),
         dtype,
-        put=put,
+        put=place.put_weight,
         progress=report,
+        stack_format=place.stack_format,
     )
+
+
+def load_over(place: Placement, folder: Any, dtype: Any) -> Any:
+    """The parameters of an orbax folder, each part read to its device."""
+    from octavo.models.sources.orbax import load
+
+    model = place.model
+    if model.whole.sizes != model.config.sizes:
+        raise ConfigError(
+            "an orbax folder cannot be read with key-value heads repeated or a vocabulary padded, "
+            f"as {model.shards.count} shards of this model need",
+            "use the original checkpoint, or fewer shards",
+        )
+    params = load(folder, replace(place.abstract_params(dtype), rank=None))
+    if place.send is not None:
+        tensors = replace(model.tensors, rank=None)
+        params = jax.tree.map(lambda a, t: place.put_weight(np.asarray(a), t), params, tensors)
+    if model.tensors.rank is None:
+        return params
+    return replace(params, rank=place.put_weight(ranks(model), model.tensors.rank))
 
 
 def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:
@@ -141,6 +165,21 @@ def end_tokens(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
         if ids is not None:
             return [int(i) for i in (ids if isinstance(ids, list) else [ids])]
     return []
+
+
+def place_of(backend: Backend, resolved: Resolved) -> Placement:
+    """Where the arrays of an engine lie."""
+    return Placement(resolved.mesh, resolved.model, backend.stack_format, backend.put)
+
+
+def abstract_weights(backend: Backend, resolved: Resolved, where: Any = None) -> Any:
+    """The parameters' shapes, and how they lie where that matters.
+
+    where: their sharding, where there is no mesh; the backend's first device without.
+    """
+    if where is None and resolved.mesh is None and backend.stacked:
+        where = jax.sharding.SingleDeviceSharding(backend.devices[0])
+    return place_of(backend, resolved).abstract_params(resolved.dtype, where)
 
 
 def cache_maker(backend: Backend, resolved: Resolved) -> Callable[[], Any]:

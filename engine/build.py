@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from octavo.backends.record import Backend
-from octavo.engine.assemble import Progress, cache_maker, limits_of
+from octavo.engine.assemble import Progress, abstract_weights, cache_maker, limits_of
 from octavo.engine.config import EngineConfig
 from octavo.engine.memory import Resolved
 from octavo.engine.programs import Programs
@@ -42,11 +42,12 @@ class Build:
         began = time.perf_counter()
         config, model = self._config, resolved.model
         try:
-            machine = Machine(resolved.dims, model, backend)
+            machine = Machine(resolved.dims, model, backend, resolved.mesh)
             folder = cache_folder(config.compilation_cache)
             programs = Programs(machine, limits_of(config, resolved), config.max_logprobs, folder)
             params = self._params
-            params = model.abstract_params(resolved.dtype) if params is None else params
+            if params is None:
+                params = abstract_weights(backend, resolved)
             make = cache_maker(backend, resolved)
             programs.compile(params, make, self._progress, stop=self._stop)
             self.seconds = time.perf_counter() - began

@@ -6,6 +6,7 @@ can derive is derived, logged, and not asked for.
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -220,6 +221,11 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise ConfigError(f"`mesh` needs at least 1 device on `{axis}`, got {size!r}", hint)
         sizes[axis] = int(size)
     return sizes
+
+
+def devices_of(mesh: str) -> int:
+    """How many devices `data=1,model=8` needs."""
+    return math.prod(parse_mesh(mesh).values())
 
 
 def settings_table() -> str:

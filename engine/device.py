@@ -35,7 +35,6 @@ class Device:
         self.reader = reader
         self.params = parts.params
         self.head = parts.resolved.model.head(parts.params)
-        self.put = parts.backend.put
         self._close = parts.backend.close
         self.packer = Packer(limits.dims)
         self.masks = Masks(limits.dims.vocab)
@@ -55,7 +54,7 @@ class Device:
         """Edit the state and dispatch the forward pass."""
         vector = None
         if launch.tokens or launch.draft.edits():
-            vector = self.put(self.packer.pack(launch.draft)[None])
+            vector = self.programs.placement.put(self.packer.pack(launch.draft)[None])
         if launch.draft.edits():
             slots, pages = self.programs.edit(self.state.slots, self.state.pages, vector)
             self.state = replace(self.state, slots=slots, pages=pages)
@@ -76,16 +75,16 @@ class Device:
         flight = launch.flight
         if passed is not None:
             if launch.scored:
-                targets = self.put(self._targets(host, flight)[None])
-                named = self.put(named_of_chunks(flight)[None])
+                targets = self.programs.placement.put(self._targets(host, flight)[None])
+                named = self.programs.placement.put(named_of_chunks(flight)[None])
                 score = self.programs.score[launch.tokens]
                 flight.scores = score(self.head, passed.chunk_hidden, targets, named)
             passed = replace(passed, chunk_hidden=None)
             arguments = (self.head, self.state.slots, passed)
             if launch.rich or launch.masked:
-                mask = self.put(self.masks.build(host, flight)[None])
+                mask = self.programs.placement.put(self.masks.build(host, flight)[None])
             if launch.rich:
-                named = self.put(named_of_rows(flight)[None])
+                named = self.programs.placement.put(named_of_rows(flight)[None])
                 rich = self.programs.rich[launch.rows]
                 slots, packed, flight.rich = rich(*arguments, mask, named)
             elif launch.masked:

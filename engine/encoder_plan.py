@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from octavo.backends.record import Backend
 from octavo.backends.select import select
 from octavo.engine.assemble import load_weights, open_model, refusals
-from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig, devices_of
 from octavo.engine.encode import EncodePrograms, Reading
 from octavo.engine.memory import size
+from octavo.engine.mesh import Placement
 from octavo.engine.packing import Shape, shapes
 from octavo.models.checkpoint import Checkpoint
 from octavo.models.config import ModelConfig
@@ -81,7 +82,9 @@ def assemble_encoder(config: EngineConfig, progress: Progress | None = None) -> 
     with refusals(), closing(open_model(config)) as checkpoint:
         pooling, sizes = resolve_encoder(config, backend, checkpoint)
         began = time.perf_counter()
-        params = load_weights(config, checkpoint, sizes.model, sizes.dtype, progress)
+        params = load_weights(
+            config, checkpoint, Placement(None, sizes.model), sizes.dtype, progress
+        )
     reading = Reading(sizes.model, backend, pooling.mode)
     return Encoder(reading, sizes, pooling, params, time.perf_counter() - began)
 
@@ -101,6 +104,11 @@ def resolve_encoder(
     config: EngineConfig, backend: Backend, checkpoint: Checkpoint
 ) -> tuple[Pooling, EncoderSizes]:
     """Decide how texts are pooled, and every size. Raises ConfigError where it does not fit."""
+    if devices_of(config.mesh) > 1:
+        raise ConfigError(
+            f"a model that only reads runs on one device, got `mesh={config.mesh}`",
+            "leave `mesh` empty",
+        )
     if why := backend.why_not(config):
         raise ConfigError(why)
     # Nobody asks a reading model what comes next, so a head that is not its embedding is left out.

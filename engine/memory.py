@@ -10,7 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from octavo.backends.record import Backend
-from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig, parse_mesh
+from octavo.engine.mesh import make_mesh, shards_of
 from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.state import BIAS, Dims, PageGroup
 from octavo.models.config import ModelConfig
@@ -83,6 +84,7 @@ class Resolved:
     token_buckets: tuple[int, ...]
     max_model_len: int
     memory: MemoryPlan
+    mesh: Any = None  # jax.sharding.Mesh; None is one device
     steps: int = 1  # decode steps in one program
     several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
     mixed: bool = True  # see backends.record
@@ -104,6 +106,13 @@ def resolve(
     """Decide every size. `model` replaces the one that `facts` would build (benches)."""
     if why := backend.why_not(config):
         raise ConfigError(why)
+    sizes = parse_mesh(config.mesh)
+    if unserved := [axis for axis in ("data", "stage") if sizes.get(axis, 1) > 1]:
+        raise ConfigError(
+            f"`mesh={config.mesh}` cuts `{unserved[0]}`, which no engine can do yet; "
+            "use `model` (and `expert` for a model with experts)"
+        )
+    mesh = make_mesh(sizes, backend.devices, backend.cores)
     dtype = jnp.dtype(backend.dtype if config.dtype == "auto" else config.dtype)
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
     seqs = config.max_num_seqs or backend.max_num_seqs
@@ -112,9 +121,9 @@ def resolve(
     budget = config.max_num_batched_tokens or backend.max_num_batched_tokens
     whole = 1 << (longest - 1).bit_length()
     budget = min(budget, whole * (1 if config.max_num_batched_tokens else min(seqs, PROMPTS)))
-    limit = backend.memory_limit()
+    limit = backend.memory_limit() // (mesh.size if mesh and backend.shared_memory else 1)
     while True:
-        built = model or build(facts, longest, stacked=backend.stacked)
+        built = model or build(facts, longest, shards_of(sizes), stacked=backend.stacked)
         weights = param_bytes(built, dtype)
         dims = _dims(config, built, seqs, page, longest, budget)
         spent = weights + _state_bytes(dims) + _workspace_bytes(built, dims, dtype)
@@ -153,6 +162,7 @@ def resolve(
         token_buckets=backend.token_buckets(budget),
         max_model_len=longest,
         memory=memory,
+        mesh=mesh,
         steps=steps,
         several_rows=rows if steps > 1 else (),
         mixed=backend.mixed,
@@ -274,8 +284,8 @@ def _workspace_bytes(model: Model, dims: Dims, dtype: Any) -> int:
     """An upper estimate of a step's temporary memory; the programs are asked once they exist."""
     heads, kv_heads, head = model.attention
     tokens = dims.slots + dims.max_chunk
-    width = max(model.config.F * 2, (heads + 2 * kv_heads) * head, model.config.E * 4)
-    logits = dims.slots * model.config.V * 4 * 4
+    width = max(model.local.F * 2, (heads + 2 * kv_heads) * head, model.config.E * 4)
+    logits = dims.slots * model.local.V * 4 * 4
     return tokens * width * 4 * 4 + logits + 64 * MiB
 
 

@@ -4,9 +4,9 @@ from contextlib import closing
 from dataclasses import replace
 
 from octavo.backends.select import select
-from octavo.engine.assemble import cache_maker, limits_of, open_model
+from octavo.engine.assemble import abstract_weights, cache_maker, limits_of, open_model
 from octavo.engine.build import cache_folder, use_cache
-from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig, devices_of
 from octavo.engine.encoder_plan import EncoderMemory, plan_encoder
 from octavo.engine.memory import MemoryPlan, Resolved, resolve, size
 from octavo.engine.programs import Programs
@@ -24,11 +24,11 @@ def plan_memory(config: EngineConfig) -> MemoryPlan | EncoderMemory:
     if choose_runner(config) == "pooling":
         use_cache(config.compilation_cache)
         return plan_encoder(config)
-    backend = select(config.device)
+    backend = select(config.device, devices_of(config.mesh))
     with closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
     folder = cache_folder(config.compilation_cache)
-    machine = Machine(resolved.dims, resolved.model, backend)
+    machine = Machine(resolved.dims, resolved.model, backend, resolved.mesh)
     limits = replace(
         limits_of(config, resolved),
         row_buckets=resolved.row_buckets[-1:],
@@ -36,7 +36,8 @@ def plan_memory(config: EngineConfig) -> MemoryPlan | EncoderMemory:
         several_rows=resolved.several_rows[-1:],
     )
     programs = Programs(machine, limits, config.max_logprobs, folder)
-    programs.compile(resolved.model.abstract_params(resolved.dtype), cache_maker(backend, resolved))
+    weights = abstract_weights(backend, resolved)
+    programs.compile(weights, cache_maker(backend, resolved))
     return check_workspace(resolved, programs.workspace())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from octavo.backends.select import select
 from octavo.engine.assemble import open_model, refusals
 from octavo.engine.build import Build, cache_folder, use_cache
-from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig, devices_of
 from octavo.engine.encode import EncodePrograms, Reading
 from octavo.engine.encoder_plan import resolve_encoder
 from octavo.engine.memory import resolve
@@ -57,7 +57,7 @@ def prepare(
         if choose_runner(config) == "pooling":
             return _prepare_encoder(config, folder, progress)
         build = Build(config, progress)
-        backend = select(config.device)
+        backend = select(config.device, devices_of(config.mesh))
         with closing(open_model(config)) as checkpoint:
             resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
     build.begin(backend, resolved)
@@ -71,7 +71,7 @@ def _prepare_encoder(
 ) -> Prepared:
     """The same for a model that reads; jax's own cache keeps its programs, and counts none."""
     use_cache(config.compilation_cache)
-    backend = select(config.device)
+    backend = select(config.device, devices_of(config.mesh))
     with closing(open_model(config)) as checkpoint:
         pooling, sizes = resolve_encoder(config, backend, checkpoint)
     began = time.perf_counter()

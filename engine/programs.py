@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -27,6 +28,7 @@ from octavo.engine import step
 from octavo.engine.compiles import WATCH
 from octavo.engine.grammar.guide import mask_words
 from octavo.engine.host import Limits
+from octavo.engine.mesh import ROWS, STATE, Placement
 from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from octavo.engine.state import EngineState, empty_pages, empty_slots
@@ -90,6 +92,9 @@ class Programs:
     # By name: seconds to trace, which one thread does, and seconds of a thread to compile.
     builds: dict[str, tuple[float, float]] = field(default_factory=dict)
     found: int = 0  # programs that were kept from an earlier run
+    made: dict[str, Any] = field(default_factory=dict)  # all of them by name
+    # Where the state lies on devices that are not here: what is compiled for them is kept, not run.
+    elsewhere: Any = None
 
     def contexts(self) -> tuple[int, ...]:
         """The pages that each forward pass has a program for; 0 is all."""
@@ -108,12 +113,15 @@ class Programs:
         stop: Event | None = None,
     ) -> None:
         """Compile everything. params: arrays or ShapeDtypeStructs. `stop` ends it unfinished."""
-        state = jax.eval_shape(lambda: new_state(self.machine, init_kv))
-        jobs = self.jobs(params, init_kv)
+        place, empty, state = self.placement, *self._empty(init_kv)
+        jobs = self._jobs(jax.tree.map(self._abstract, params), state, empty)
         store = None
         if self.folder is not None and self.machine.backend.compile is None:
             made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
-            store = Store(self.folder / "whole", *made_from, _shapes(state))
+            mesh = () if place.key is None else (place.key,)
+            made_from = (*made_from, _shapes(state), *mesh)
+            devices = self.machine.backend.devices if self.elsewhere is not None else ()
+            store = Store(self.folder / "whole", *made_from, devices=devices)
         done = 0
         with WATCH.building(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
@@ -122,7 +130,8 @@ class Programs:
                 if stop is not None and stop.is_set():
                     threads.shutdown(cancel_futures=True)
                     raise CancelledError
-                if store is not None and store.has(job.name, job.details):
+                here = store is not None and self.elsewhere is None
+                if here and store.has(job.name, job.details):
                     futures.append((job, threads.submit(_timed, store.load, job.name, job.details)))
                 else:
                     futures.append((job, self._build(job, store, threads)))
@@ -135,6 +144,7 @@ class Programs:
                 self.found += job.name not in self.builds
                 self.builds[job.name] = (self.builds.get(job.name, (0.0, 0.0))[0], seconds)
                 job.place(program)
+                self.made[job.name] = program
                 done += 1
                 if progress is not None:
                     progress(job.name, done, len(jobs))
@@ -147,7 +157,11 @@ class Programs:
         if backend.compile is not None:
             return threads.submit(_timed, backend.compile, job)
         began = time.perf_counter()
-        lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.arguments)
+        arguments, where = job.arguments, {}
+        if self.elsewhere is not None:
+            arguments = jax.tree.map(self._placed, arguments)
+            where = {} if arguments else {"out_shardings": self.elsewhere}
+        lowered = jax.jit(job.function, donate_argnums=job.donate, **where).lower(*arguments)
         options = dict(backend.compiler_options(job.tokens))
         if backend.autotuning and store is not None:
             options[backend.autotuning] = str(store.subfolder("autotuning"))
@@ -163,44 +177,92 @@ class Programs:
 
     def jobs(self, params: Any, init_kv: Callable[[], Any]) -> list[Job]:
         """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs."""
-        machine, dims = self.machine, self.machine.dims
-        state = jax.eval_shape(lambda: new_state(machine, init_kv))
-        params = jax.tree.map(_abstract, params)
-        vector = jax.ShapeDtypeStruct((1, plan_size(dims)), jnp.int32)
+        empty, state = self._empty(init_kv)
+        return self._jobs(jax.tree.map(self._abstract, params), state, empty)
+
+    def _empty(self, init_kv: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+        """What makes the empty state, and that state, abstract."""
+        place = self.placement
+        empty = place.program(lambda: new_state(self.machine, init_kv), (), STATE)
+        state = place.abstract(jax.eval_shape(empty), STATE)
+        if self.machine.backend.compile is not None:  # every core makes its own
+            return lambda: new_state(self.machine, init_kv), state
+        return empty, state
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Where everything lies."""
+        return Placement(self.machine.mesh, self.machine.model, send=self.machine.backend.put)
+
+    def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
+        """An abstract array that belongs to slots: one shard has `shape`."""
+        data = 1 if self.machine.mesh is None else self.machine.mesh.shape["data"]
+        return self.placement.abstract(jax.ShapeDtypeStruct((data, *shape), dtype), ROWS)
+
+    def _abstract(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        if isinstance(leaf, jax.ShapeDtypeStruct):  # it may say where it lies
+            return leaf
+        meshed = self.machine.mesh is not None and self.placement.send is None
+        where = leaf.sharding if meshed else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    def _placed(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """The leaf on the devices that are not here."""
+        if leaf.sharding is not None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.elsewhere)
+
+    def _jobs(self, params: Any, state: Any, empty: Callable[[], Any]) -> list[Job]:
+        """Everything to compile, the slowest first."""
+        machine, dims, place = self.machine, self.machine.dims, self.placement
+        vector = self._rows(plan_size(dims))
         head = machine.model.head(params)
         edited = (state.slots, state.pages, vector)
         jobs = [
-            Job("edit", self._set("edit"), _edit(machine), edited, (0, 1)),
-            Job("empty", self._set("empty"), lambda: new_state(machine, init_kv), ()),
+            Job(
+                "edit",
+                self._set("edit"),
+                place.program(_edit(machine), (ROWS, ROWS, ROWS), ROWS),
+                edited,
+                (0, 1),
+            ),
+            Job("empty", self._set("empty"), empty, ()),
         ]
         # The slowest first, so that they do not end up alone at the end.
         for rows, tokens in sorted(self.shapes(), reverse=True):
+            ins: tuple[Any, ...] = (place.params, STATE, *([ROWS] if tokens else []))
             arguments = (params, state, vector) if tokens else (params, state)
             for pages in self.contexts():
-                function = _forward(machine, rows, tokens, pages)
+                one = _forward(machine, rows, tokens, pages)
+                function = place.program(one, ins, (STATE, ROWS, ROWS))
                 name = f"forward {rows} rows + {tokens} tokens"
                 name += f" of {pages} pages" if pages else ""
-                place = self._put(self.forward, forward_key(rows, tokens, pages))
-                jobs.append(Job(name, place, function, arguments, (1,), rows + tokens))
+                where = self._put(self.forward, forward_key(rows, tokens, pages))
+                jobs.append(Job(name, where, function, arguments, (1,), rows + tokens))
         for rows in self.limits.several_rows:
             for greedy in (True, False):
                 name = f"{'greedy' if greedy else 'plain'} steps of {rows} rows"
-                function = _several(machine, rows, self.limits.steps, greedy)
-                place = self._put(self.several, (rows, greedy))
+                function = place.program(
+                    _several(machine, rows, self.limits.steps, greedy),
+                    (place.params, STATE),
+                    (STATE, ROWS, ROWS),
+                )
+                where = self._put(self.several, (rows, greedy))
                 static = (self.limits.steps,)
-                jobs.append(Job(name, place, function, (params, state), (1,), rows, static))
+                jobs.append(Job(name, where, function, (params, state), (1,), rows, static))
         for rows, tokens in self.shapes():
-            passed = _passed(machine, params, rows, tokens)
+            passed = self._passed(params, rows, tokens)
             if tokens and tokens not in self.score:
                 hidden = passed.chunk_hidden
-                targets = jax.ShapeDtypeStruct((1, 2, tokens), jnp.int32)
-                named = jax.ShapeDtypeStruct((1, CHUNKS, MAX_LOGPROB_TOKEN_IDS), jnp.int32)
+                targets = self._rows(2, tokens)
+                named = self._rows(CHUNKS, MAX_LOGPROB_TOKEN_IDS)
                 most = (self._most_logprobs(),)
-                function = _score(machine, *most)
-                place = self._put(self.score, tokens)
+                ins = (place.head, ROWS, ROWS, ROWS)
+                function = place.program(_score(machine, *most), ins, ROWS)
+                where = self._put(self.score, tokens)
                 scored = (head, hidden, targets, named)
                 jobs.append(
-                    Job(f"score {tokens} tokens", place, function, scored, (), tokens, most)
+                    Job(f"score {tokens} tokens", where, function, scored, (), tokens, most)
                 )
             elif not tokens:
                 jobs += self._sample_jobs(head, state.slots, passed, rows)
@@ -210,14 +272,25 @@ class Programs:
         """Sampling sees the same rows whether or not there were chunk tokens beside them."""
         machine = self.machine
         rows_only = replace(passed, chunk_hidden=None)
-        mask = jax.ShapeDtypeStruct((1, rows, mask_words(machine.dims.vocab)), jnp.uint32)
-        named = jax.ShapeDtypeStruct((1, rows, MAX_LOGPROB_TOKEN_IDS), jnp.int32)
+        mask = self._rows(rows, mask_words(machine.dims.vocab), dtype=jnp.uint32)
+        named = self._rows(rows, MAX_LOGPROB_TOKEN_IDS)
         most = (self._most_logprobs(),)
         rich = _rich(machine, *most)
         plain = (head, slots, rows_only)
+        place = self.placement
+
+        def cut(function: Any, arguments: tuple[Any, ...]) -> Any:
+            return place.program(function, (place.head, *[ROWS] * (len(arguments) - 1)), ROWS)
+
         return [
             Job(
-                f"{name} {rows} rows", self._put(where, rows), function, arguments, (1,), rows, most
+                f"{name} {rows} rows",
+                self._put(where, rows),
+                cut(function, arguments),
+                arguments,
+                (1,),
+                rows,
+                most,
             )
             for name, where, function, arguments in (
                 ("greedy", self.greedy, _greedy(machine), plain),
@@ -231,6 +304,15 @@ class Programs:
         vocab = self.machine.dims.vocab
         return vocab if self.max_logprobs < 0 else max(1, min(self.max_logprobs, vocab))
 
+    def _passed(self, params: Any, rows: int, tokens: int) -> Any:
+        """What `forward` of this shape hands to sampling; asking jax for it would trace."""
+        weights = jax.tree.leaves(self.machine.model.head(params))
+        dtype = weights[0].dtype if weights else jnp.dtype(jnp.float32)
+        width = self.machine.model.config.E
+        hidden, chunk = (self._rows(count, width, dtype=dtype) for count in (rows, tokens))
+        passed: Any = step.Passed
+        return passed(hidden, chunk, self._rows(rows, dtype=jnp.bool_))
+
     def _set(self, name: str) -> Callable[[Any], None]:
         return lambda program: setattr(self, name, program)
 
@@ -239,15 +321,7 @@ class Programs:
 
     def workspace(self) -> int:
         """The most temporary memory any program needs, in bytes."""
-        every = [
-            self.edit,
-            *self.forward.values(),
-            *self.greedy.values(),
-            *self.sample.values(),
-            *self.masked.values(),
-            *self.rich.values(),
-        ]
-        every += [*self.score.values(), *self.several.values()]
+        every = [p for name, p in self.made.items() if name != "empty"]
         sizes = [p.memory_analysis() for p in every if hasattr(p, "memory_analysis")]
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
 
@@ -261,22 +335,6 @@ def _shapes(tree: Any) -> tuple[Any, ...]:
 def _timed(work: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, float]:
     began = time.perf_counter()
     return work(*arguments, **named), time.perf_counter() - began
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _passed(machine: step.Machine, params: Any, rows: int, tokens: int) -> Any:
-    """What `forward` of this shape hands to sampling, abstract; asking jax for it would trace."""
-    weights = jax.tree.leaves(machine.model.head(params))
-    width, dtype = machine.model.config.E, weights[0].dtype if weights else jnp.dtype(jnp.float32)
-    hidden, chunk_hidden = (
-        jax.ShapeDtypeStruct((1, count, width), dtype) for count in (rows, tokens)
-    )
-    live: Any = jax.ShapeDtypeStruct((1, rows), jnp.bool_)
-    passed: Any = step.Passed
-    return passed(hidden, chunk_hidden, live)
 
 
 def _edit(machine: step.Machine) -> Any:

@@ -27,8 +27,10 @@ from octavo.engine.plan import CHUNKS, chunk_segment, unpack
 from octavo.engine.state import BY_STOP, FINISHED, LIVE, Dims, EngineState, PageState, SlotState
 from octavo.models.ops import AttentionSpec, Ops
 from octavo.models.registry import Model
+from octavo.models.shards import SPLIT
 from octavo.pallas_kernels.attention.batch import RaggedBatch
 from octavo.pallas_kernels.sampling import (
+    Across,
     Controls,
     Edits,
     count_generated,
@@ -46,6 +48,7 @@ class Machine:
     dims: Dims
     model: Model
     backend: Backend
+    mesh: Any = None  # jax.sharding.Mesh; None is one device
 
 
 @flax.struct.dataclass
@@ -57,7 +60,21 @@ class Passed:
     live: jax.Array  # bool[R] the row's hidden state is to be sampled
 
 
-def _ops(machine: Machine, batches: tuple[RaggedBatch, ...]) -> Ops:
+def _across(machine: Machine, params: Any) -> Across | None:
+    """The other shards of the model, where it has more than one."""
+    shards, rank = machine.model.shards, getattr(params, "rank", None)
+    if rank is None:
+        return None
+    return Across(
+        rank=rank[0, 0],
+        expert_rank=rank[0, 1],
+        axes=SPLIT,
+        count=shards.count,
+        floats=not machine.backend.branches,
+    )
+
+
+def _ops(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | None = None) -> Ops:
     """The backend's operations, with attention bound to this step's batch of each page group."""
     backend = machine.backend
 
@@ -81,6 +98,7 @@ def _ops(machine: Machine, batches: tuple[RaggedBatch, ...]) -> Ops:
         grouped_linear=backend.grouped_linear,
         layers=backend.layers,
         dense_experts=backend.dense_experts,
+        across=across,
     )
 
 
@@ -204,7 +222,7 @@ def forward(
                 page_size=dims.page_size,
             )
         )
-    ops = _ops(machine, tuple(batches))
+    ops = _ops(machine, tuple(batches), _across(machine, params))
     hidden, kv = machine.model.forward(params, flat.token, flat.position, state.kv, ops)
 
     length, picked, final = _after(slots, flat, hidden, rows, decode)
@@ -261,12 +279,13 @@ def sample(
     """
     live = passed.live
     rows = live.shape[0]
-    logits = machine.model.logits(params, passed.hidden, _ops(machine, ()))  # f32[R, V]
+    across = _across(machine, params)
+    logits = machine.model.logits(params, passed.hidden, _ops(machine, (), across))  # f32[R, V]
     length, generated = slots.length[:rows], (slots.length - slots.prompt_len)[:rows]
     if greedy:
-        token, logprob = likeliest(logits), jnp.zeros((rows,), jnp.float32)
+        token, logprob = likeliest(logits, across), jnp.zeros((rows,), jnp.float32)
     else:
-        token, logprob = _choose(machine, slots, logits, mask, logprobs > 0)
+        token, logprob = _choose(machine, slots, logits, mask, logprobs > 0, across)
     by_stop = live & some(token[:, None] == slots.stop_ids[:rows], axis=1)
     by_stop = by_stop & (generated + 1 >= slots.min_tokens[:rows])
     finished = by_stop | (live & (length + 1 >= slots.limit[:rows]))
@@ -283,14 +302,19 @@ def sample(
     extra: tuple[jax.Array, ...] = ()
     if logprobs:
         branches = machine.backend.branches
-        ids, values, _, rank = top_logprobs(logits, token, logprobs, branches=branches)
+        ids, values, _, rank = top_logprobs(logits, token, logprobs, across, branches=branches)
         assert named is not None, "logprobs come with the tokens named by requests"
-        extra = (ids, values, rank, named_logprobs(logits, named))
+        extra = (ids, values, rank, named_logprobs(logits, named, across))
     return slots, packed, extra
 
 
 def _choose(
-    machine: Machine, slots: SlotState, logits: jax.Array, mask: jax.Array | None, logprob: bool
+    machine: Machine,
+    slots: SlotState,
+    logits: jax.Array,
+    mask: jax.Array | None,
+    logprob: bool,
+    across: Across | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens i32[R] and their log probabilities f32[R], by every row's own parameters."""
     rows = logits.shape[0]
@@ -311,6 +335,7 @@ def _choose(
         length,
         edits,
         logprobs=logprob,
+        across=across,
         branches=machine.backend.branches,
     )
 
@@ -359,13 +384,14 @@ def score(
     logprobs f32[T, k], the targets' f32[T], ranks i32[T] and those of the named f32[T, M]. Blocks
     of tokens bound the memory of the logits.
     """
+    across = _across(machine, params)
     block = next(n for n in (64, 32, 16, 8, 4, 2, 1) if hidden.shape[0] % n == 0)
 
     def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         rows, target, chunk = part
-        logits = machine.model.logits(params, rows, _ops(machine, ()))
-        best = top_logprobs(logits, target, logprobs, branches=branches)
-        return (*best, named_logprobs(logits, take(named, chunk)))
+        logits = machine.model.logits(params, rows, _ops(machine, (), across))
+        most = top_logprobs(logits, target, logprobs, across, branches=branches)
+        return (*most, named_logprobs(logits, take(named, chunk), across))
 
     branches = machine.backend.branches
     target, chunk = targets.reshape(2, -1, block)

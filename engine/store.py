@@ -54,11 +54,13 @@ jax.monitoring.register_event_listener(_HITS.on_event)
 class Store:
     """A folder of programs that are all made from the same things."""
 
-    def __init__(self, folder: Path, *made_from: object) -> None:
+    def __init__(
+        self, folder: Path, *made_from: object, devices: tuple[jax.Device, ...] = ()
+    ) -> None:
         """`made_from`: whatever decides the programs besides the process's own surroundings; each
-        must have a complete repr."""
+        must have a complete repr. `devices`: what they run on, all of this process without."""
         self.folder = folder
-        self._base = repr((_sources(), identity(), made_from))
+        self._base = repr((_sources(), identity(devices), made_from))
 
     def _path(self, name: str, details: object) -> Path:
         digest = hashlib.sha256(repr((self._base, name, details)).encode()).hexdigest()

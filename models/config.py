@@ -137,6 +137,7 @@ class ModelConfig:
     bos_id: int | None = None
     labels: int = 0  # numbers that a classifier gives for a text; 0: there is none
     token_types: int = 0  # which of two texts a token is of: rows of that embedding
+    real_V: int = 0  # words of the vocabulary, where V was padded to divide by shards; 0: V are
     first_position: int = 0  # row of the position embedding that the first token takes
 
     @property

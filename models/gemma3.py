@@ -82,7 +82,7 @@ def forward(
         y = gated_mlp(config, w.mlp, norm(x, w.norm3), ops)
         return x + norm(y, w.norm4), kv
 
-    x = embed(params, tokens)
+    x = embed(params, tokens, ops)
     x = x * jnp.asarray(config.embed_scale, x.dtype)
     x, cache = ops.layers(block, x, params.layers, cache, fixed.specs)
     return norm(x, params.norm), cache

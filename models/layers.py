@@ -27,11 +27,12 @@ class Decoder:
     layers: tuple[Any, ...] | Stacks  # one tree per layer
     norm: jax.Array  # [E]
     head: jax.Array | None  # [V, E]; None: the embedding serves; of a classifier [C, E]
+    rank: jax.Array | None = None  # i32[1, 2] of this shard: `Across.rank`, `expert_rank`
 
 
 @flax.struct.dataclass
 class Attention:
-    qkv: Linear  # [E, K, J, D] J = H/K queries, one key, one value
+    qkv: Linear  # [E, K, J, D] J = H/K queries, one key, one value; or [E, K J D]
     out: Linear  # [H * D, E]
     q_norm: jax.Array | None = None  # [D]
     k_norm: jax.Array | None = None  # [D]
@@ -39,14 +40,14 @@ class Attention:
 
 @flax.struct.dataclass
 class Mlp:
-    gate_up: Linear  # [E, 2, F]
+    gate_up: Linear  # [E, 2, F], or [E, 2 F]
     down: Linear  # [F, E]
 
 
 @flax.struct.dataclass
 class Experts:
     router: Linear  # [E, X]
-    gate_up: jax.Array  # [X, E, 2, f], or with `layer` [L, X, E, 2, f]
+    gate_up: jax.Array  # [X, E, 2, f], or with `layer` [L, X, E, 2 f]
     down: jax.Array  # [X, f, E], or with `layer` [L, X, f, E]
     # i32[] of the L. A layer's experts are never cut out of their stack: a step reads few of them.
     layer: jax.Array | None = None
@@ -66,6 +67,8 @@ class Fixed:
     local_rope: Rope | None
 
 
+NEVER = -1e30  # the logit of what only pads the vocabulary; finite, for those without infinities
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -73,9 +76,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def embed(params: Decoder, tokens: jax.Array) -> jax.Array:
+def embed(params: Decoder, tokens: jax.Array, ops: Ops) -> jax.Array:
     """tokens i32[N] -> [N, E]. An id outside the vocabulary takes the nearest row."""
-    return params.embed.at[tokens].get(mode="clip")
+    if ops.across is None:
+        return params.embed.at[tokens].get(mode="clip")
+    V = params.embed.shape[0]
+    at = tokens - ops.across.rank * V
+    mine = (at >= 0) & (at < V)
+    rows = params.embed.at[jnp.where(mine, at, 0)].get(mode="promise_in_bounds")
+    return ops.across.total(jnp.where(mine[:, None], rows, 0))
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
@@ -96,7 +105,8 @@ def attention(
 ) -> tuple[jax.Array, Any]:
     """x [N, E] -> [N, E], and this layer's cache with the new keys and values."""
     config = fixed.config
-    mixed = ops.linear(x, w.qkv)  # [N, K, J, D]
+    mixed = whole(ops.linear(x, w.qkv), w.qkv)
+    mixed = mixed.reshape(x.shape[0], config.K, -1, config.D)  # [N, K, J, D]
     q = mixed[:, :, :-2].reshape(-1, config.H, config.D)
     k, v = mixed[:, :, -2], mixed[:, :, -1]  # [N, K, D]
     if w.q_norm is not None and w.k_norm is not None:
@@ -106,7 +116,15 @@ def attention(
     q, k = rotate(q, turn), rotate(k, turn)
     call = AttentionSpec(spec, scale=config.query_scale, softcap=config.attention_softcap)
     y, kv = ops.attend(q, k, v, kv, call)
-    return ops.linear(y.reshape(-1, config.H * config.D), w.out), kv
+    return ops.closing(y.reshape(-1, config.H * config.D), w.out), kv
+
+
+def whole(y: jax.Array, w: Linear) -> jax.Array:
+    """What a `w` of several projections made, to be taken apart.
+
+    XLA would rather take a matrix apart than its product, and copy the weight at every step.
+    """
+    return y if w.weight.ndim > 2 else jax.lax.optimization_barrier(y)
 
 
 def norm_offset(config: ModelConfig) -> float:
@@ -116,8 +134,9 @@ def norm_offset(config: ModelConfig) -> float:
 
 def gated_mlp(config: ModelConfig, w: Mlp, x: jax.Array, ops: Ops) -> jax.Array:
     """x [N, E] -> down(act(gate(x)) * up(x)) [N, E]."""
-    both = ops.linear(x, w.gate_up)  # [N, 2, F]
-    return ops.linear(ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1], w.down)
+    both = whole(ops.linear(x, w.gate_up), w.gate_up)  # [N, 2, F], or [N, 2 F]
+    gate, up = jnp.split(both, 2, axis=1) if both.ndim == 2 else (both[:, 0], both[:, 1])
+    return ops.closing(ACTIVATIONS[config.activation](gate) * up, w.down)
 
 
 def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
@@ -129,26 +148,35 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     N, k = x.shape[0], config.top_k
     routed = ops.linear(x, w.router).astype(jnp.float32)  # [N, X]
     if ops.dense_experts:
-        return _dense_moe(config, w, x, routed)
+        return _dense_moe(config, w, x, routed, ops)
     chances = jax.nn.softmax(routed, axis=-1)
     share, expert = jax.lax.top_k(chances, k)  # [N, k]
     if config.norm_top_k:
         share = share / jnp.sum(share, axis=-1, keepdims=True)
+    X = config.X  # of this shard, whose experts come first in the order
+    if X < chances.shape[1]:
+        assert ops.across is not None
+        expert = (expert - ops.across.expert_rank * X) % chances.shape[1]
+        share = jnp.where(expert < X, share, 0)
     order = jnp.argsort(expert.reshape(-1))  # stable: sorted pair -> pair
-    sizes = jnp.sum(expert.reshape(-1, 1) == jnp.arange(config.X), axis=0, dtype=jnp.int32)
+    sizes = jnp.sum(expert.reshape(-1, 1) == jnp.arange(X), axis=0, dtype=jnp.int32)
     f = config.expert_F
+    first: tuple[jax.Array, ...] = ()
     if w.layer is None:
-        first, gate_up, down = (), w.gate_up.reshape(config.X, -1, 2 * f), w.down
+        gate_up, down = w.gate_up.reshape(X, -1, 2 * f), w.down
     else:  # the experts of all layers, one behind another
-        first, gate_up, down = (w.layer * config.X,), _flat(w.gate_up), _flat(w.down)
+        first, gate_up, down = (w.layer * X,), _flat(w.gate_up), _flat(w.down)
     both = ops.grouped_linear(x[order // k], gate_up, sizes, *first).reshape(-1, 2, f)
     inner = ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1]
     y = ops.grouped_linear(inner, down, sizes, *first)  # [N * k, E], by expert
     y = y[jnp.argsort(order)].reshape(N, k, -1).astype(jnp.float32)  # by token
-    return jnp.sum(y * share[:, :, None], axis=1).astype(x.dtype)
+    y = jnp.sum(y * share[:, :, None], axis=1).astype(x.dtype)
+    return y if ops.across is None else ops.across.total(y)
 
 
-def _dense_moe(config: ModelConfig, w: Experts, x: jax.Array, routed: jax.Array) -> jax.Array:
+def _dense_moe(
+    config: ModelConfig, w: Experts, x: jax.Array, routed: jax.Array, ops: Ops
+) -> jax.Array:
     """The same for the router's f32[N, X], with every expert for every token and no sort.
 
     A token's experts are found one after another; among equals the first, as top_k has it.
@@ -169,7 +197,8 @@ def _dense_moe(config: ModelConfig, w: Experts, x: jax.Array, routed: jax.Array)
         both = jnp.einsum("ne,ejf->njf", x, w.gate_up[expert])
         inner = ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1]
         out = out + (inner @ w.down[expert]).astype(jnp.float32) * share[:, expert, None]
-    return out.astype(x.dtype)
+    out = out.astype(x.dtype)
+    return out if ops.across is None else ops.across.total(out)
 
 
 def _flat(stack: jax.Array) -> jax.Array:
@@ -178,12 +207,17 @@ def _flat(stack: jax.Array) -> jax.Array:
 
 
 def logits(config: ModelConfig, params: Decoder, hidden: jax.Array, ops: Ops) -> jax.Array:
-    """hidden [R, E] -> f32[R, V] (of a classifier f32[R, C]), accumulated in float32."""
-    del ops  # the head is no Linear: it is the embedding, or lies as the embedding does
+    """hidden [R, E] -> f32[R, V] (of a classifier f32[R, C]), accumulated in float32.
+
+    A shard gives those of its part of the vocabulary; what pads the vocabulary is never likely.
+    """
     head = params.embed if params.head is None else params.head
     out = jnp.einsum("re,ve->rv", hidden, head, preferred_element_type=jnp.float32)
     if config.final_softcap:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
+    if ops.across is not None:
+        V = out.shape[1]
+        out = jnp.where(jnp.arange(V) + ops.across.rank * V < config.real_V, out, NEVER)
     return out
 
 

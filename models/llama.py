@@ -76,6 +76,6 @@ def forward(
         x = x + a
         return x + feed_forward(config, w.mlp, rms_norm(x, w.norm2, config.eps), ops), kv
 
-    x = embed(params, tokens)
+    x = embed(params, tokens, ops)
     x, cache = ops.layers(block, x, params.layers, cache, fixed.specs)
     return rms_norm(x, params.norm, config.eps), cache

@@ -6,7 +6,7 @@ numpy, put; where layers are stacked, into its place in the stack.
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,11 +15,13 @@ import numpy as np
 
 from octavo.models.layers import Decoder
 from octavo.models.registry import Model
-from octavo.models.tensors import Tensor, fill, shape, unstack
+from octavo.models.shards import laid_out
+from octavo.models.tensors import Tensor, array_shape, fill, shape, unstack
 
 Get = Callable[[str], np.ndarray]
-Put = Callable[[np.ndarray], jax.Array]
+Put = Callable[[np.ndarray, Tensor], jax.Array]  # a parameter to its place
 Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
+StackFormat = Callable[[int, Any], Any]  # (axes, sharding) -> sharding or jax's Format
 
 # Tensors of some checkpoints that a decoder does not need: buffers, and the parts that see.
 HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
@@ -34,6 +36,16 @@ BERT_EXTRAS = (
 )
 
 
+def on_this_device(array: np.ndarray, tensor: Tensor) -> jax.Array:
+    """A parameter, where the model is whole and the device is jax's first."""
+    return jax.device_put(array)
+
+
+def where_it_lies(axes: int, sharding: Any) -> Any:
+    """The StackFormat of most devices: as jax would."""
+    return sharding
+
+
 class LoadError(ValueError):
     """Weights that do not fit the model: which, and how."""
 
@@ -43,56 +55,82 @@ def load_params(
     get: Get,
     names: Iterable[str],
     dtype: Any,
-    put: Put = jax.device_put,
+    put: Put = on_this_device,
     progress: Progress | None = None,
+    stack_format: StackFormat = where_it_lies,
 ) -> Decoder:
     """Read every parameter of `model` with `get` (by Hugging Face name), as `dtype`.
+
+    `stack_format` says how stacked layers lie on their device (`Backend.stack_format`).
 
     Raises LoadError where a name is missing or left over, or a shape differs.
     """
     stored = {canonical_name(name): name for name in names}
     check_names(model, stored)
-    sizes = model.sizes
-    done, total = 0, param_bytes(model, dtype)
+    sizes, stored_sizes = model.sizes, model.config.sizes
+    done, total = 0, param_bytes(model, dtype, sizes)
 
     def read(t: Tensor) -> np.ndarray:
-        out = np.empty(shape(t.axes, sizes), dtype)
+        if t.init == "ranks":
+            return ranks(model)
+        padded = t.axes.startswith("V") and sizes["V"] > stored_sizes["V"]
+        out = (np.zeros if padded else np.empty)(shape(t.axes, sizes), dtype)
         for piece in t.pieces:
             array = get(stored[piece.name])
-            want = shape(piece.whole or piece.axes, sizes)
+            want = shape(piece.whole or piece.axes, stored_sizes)
             if array.shape != want:
                 raise LoadError(
                     f"tensor {stored[piece.name]} has shape {list(array.shape)}, but config.json "
                     f"asks for {list(want)}; are the weights those of this config?"
                 )
-            fill(out, t, piece, array, sizes)
-        return out
+            fill(out, t, piece, array, sizes, stored_sizes)
+        return laid_out(out, t, model.shards)
 
-    def leaf(t: Tensor) -> jax.Array:
+    def make(t: Tensor) -> np.ndarray:
         nonlocal done
-        made, layers = None, unstack(t)
-        for i, layer in enumerate(layers):
-            array = read(layer)
-            made = put(array) if layers == (t,) else _insert(made, put(array), i, len(layers))
-            done += array.nbytes
-            if progress is not None:
-                progress(layer.pieces[0].name, done, total)
-        assert made is not None
-        return made
+        array = read(t)
+        done += array.nbytes
+        if progress is not None:
+            progress(t.pieces[0].name if t.pieces else t.init, done, total)
+        return array
 
-    return jax.tree.map(leaf, model.tensors)
+    return jax.tree.map(lambda t: _placed(t, make, put, stack_format), model.tensors)
 
 
-def _insert(stack: jax.Array | None, layer: jax.Array, at: int, layers: int) -> jax.Array:
-    """A stack with one more of its layers, where the stack lies; it begins as None."""
-    if stack is None:
-        stack = jnp.zeros((layers, *layer.shape), layer.dtype, device=layer.sharding)
-    return _put_in(stack, layer, at)
+def _placed(
+    t: Tensor, make: Callable[[Tensor], np.ndarray], put: Put, stack_format: StackFormat
+) -> jax.Array:
+    """One parameter on its device; of a stack, layer after layer."""
+    layers = unstack(t)
+    if layers == (t,):
+        return put(make(t), t)
+    stack: jax.Array | None = None
+    for at, layer in enumerate(layers):
+        array = put(make(layer), layer)
+        if stack is None:
+            form = stack_format(array.ndim + 1, _of_stack(array.sharding))
+            shape, dtype = (len(layers), *array.shape), array.dtype
+            stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=form)()  # noqa: B023
+        stack = _put_in(form)(stack, array, at)
+    assert stack is not None
+    return stack
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put_in(stack: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, at, 0)
+def _of_stack(one: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """Where a stack lies whose layers lie there."""
+    if isinstance(one, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(one.mesh, jax.P(None, *one.spec))
+    return one
+
+
+@functools.cache
+def _put_in(form: Any) -> Callable[..., jax.Array]:
+    """(stack, layer, at) -> the stack with one more layer, in the stack's memory."""
+
+    def put_in(stack: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, layer, at, 0)
+
+    return jax.jit(put_in, donate_argnums=0, out_shardings=form)
 
 
 # The beginnings of names in checkpoints of a model alone, saved without what was around it.
@@ -136,15 +174,25 @@ def _some(names: set[str], most: int = 5) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{more})"
 
 
-def param_bytes(model: Model, dtype: Any) -> int:
-    """Bytes of all parameters."""
-    sizes = model.sizes
+def ranks(model: Model) -> np.ndarray:
+    """i32[R, 2]: of each shard, its number and that of its experts."""
+    rank = np.arange(model.shards.count, dtype=np.int32)
+    return np.stack([rank, rank // model.shards.model], axis=1)
+
+
+def param_bytes(model: Model, dtype: Any, sizes: Mapping[str, int] | None = None) -> int:
+    """Bytes of all parameters on one device; with `model.sizes` those of all shards."""
+    sizes = model.local.sizes | {"R": 1, "L": model.loops} if sizes is None else sizes
     leaves = jax.tree.leaves(model.tensors)
     return sum(math.prod(shape(t.axes, sizes)) for t in leaves) * np.dtype(dtype).itemsize
 
 
 def random_params(
-    model: Model, seed: int = 0, dtype: Any = np.float32, put: Put = jax.device_put
+    model: Model,
+    seed: int = 0,
+    dtype: Any = np.float32,
+    put: Put = on_this_device,
+    stack_format: StackFormat = where_it_lies,
 ) -> Decoder:
     """Weights for measuring without a checkpoint: finite logits, no meaning.
 
@@ -154,24 +202,17 @@ def random_params(
     block = random.standard_normal(1_000_003, np.float32)
     sizes = model.sizes
 
-    def leaf(t: Tensor) -> jax.Array:
-        made, layers = None, unstack(t)
-        if layers == (t,):
-            return one(t)
-        for i, layer in enumerate(layers):
-            made = _insert(made, one(layer), i, len(layers))
-        assert made is not None
-        return made
-
-    def one(t: Tensor) -> jax.Array:
-        dims = shape(t.axes, sizes)
+    def make(t: Tensor) -> np.ndarray:
+        if t.init == "ranks":
+            return ranks(model)
+        dims = array_shape(t, sizes)
         if t.init != "normal":
-            return put(np.full(dims, 1.0 if t.init == "ones" else 0.0, dtype))
+            return np.full(dims, 1.0 if t.init == "ones" else 0.0, dtype)
         fan_in = _fan_in(t, dims)
         scaled = np.roll(block * fan_in**-0.5, random.integers(len(block))).astype(dtype)
-        return put(np.resize(scaled, dims))
+        return np.resize(scaled, dims)
 
-    return jax.tree.map(leaf, model.tensors)
+    return jax.tree.map(lambda t: _placed(t, make, put, stack_format), model.tensors)
 
 
 def _fan_in(t: Tensor, dims: tuple[int, ...]) -> int:

@@ -6,7 +6,7 @@ four operations whose best implementation depends on the hardware.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -25,7 +25,7 @@ class Stacks:
     """The layers of a model whose backend runs them in a loop over stacked weights.
 
     Layers i, i + period, ... have one tree, each of its arrays with a leading axis; what is left
-    after the last whole period comes one by one.
+    after the last whole period comes one by one. Projections are matrices, [in, out].
     """
 
     periods: tuple[Any, ...]  # a tree per layer of a period, arrays [L // period, ...]
@@ -64,9 +64,25 @@ class AttentionSpec:
     causal: bool = True  # False: a token sees those after it too (encoders, never with a cache)
 
 
+class Across(Protocol):
+    """The other shards of the model, for a program that runs on one of them."""
+
+    @property
+    def rank(
+        self,
+    ) -> jax.Array: ...  # i32[] which shard this is: it has that part of the vocabulary
+
+    @property
+    def expert_rank(self) -> jax.Array: ...  # i32[] and this part of the experts
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """The sum of every shard's x, on each of them."""
+        ...
+
+
 @dataclass(frozen=True)
 class Ops:
-    """The four operations a backend brings.
+    """The four operations a backend brings, and the way to the other shards.
 
     attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, spec: AttentionSpec) -> ([N, H, D], cache)
         stores this layer's keys and values in its pages, then attends. Which pages and positions:
@@ -75,7 +91,7 @@ class Ops:
     grouped_linear(x [N, in], weight [X, in, out], sizes i32[X]) -> [N, out]
         rows of x are sorted by expert: the first sizes[0] rows meet weight[0], and so on; rows past
         the sum of sizes give anything finite. With `Stacks` a fourth argument, i32[], says where
-        the X experts begin in a longer weight, and out may be several axes.
+        the X experts begin in a longer weight.
     layers(block, x, layers, cache, specs) -> (x, cache)
         applies block(x, layer_params, layer_cache, spec) -> (x, layer_cache) to each layer in turn.
         `layers` is a tuple of trees, or `Stacks` where the backend asked for them.
@@ -87,3 +103,11 @@ class Ops:
     grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
     dense_experts: bool = False
+    across: Across | None = None  # None: the model is whole
+
+    def closing(self, x: jax.Array, w: Linear) -> jax.Array:
+        """The projection that ends a block: its input may be one shard's part of the whole."""
+        if self.across is None:
+            return self.linear(x, w)
+        y = self.across.total(self.linear(x, Linear(w.weight)))
+        return y if w.bias is None else y + w.bias

@@ -14,9 +14,10 @@ import jax
 from octavo.models import bert, gemma3, layers, llama, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from octavo.models.config import ModelConfig
 from octavo.models.layers import Decoder, Fixed
-from octavo.models.ops import LayerSpec, Stacks
+from octavo.models.ops import LayerSpec, Linear, Stacks
 from octavo.models.rope import make_rope
-from octavo.models.tensors import Tensor, shape, stack
+from octavo.models.shards import ONE, Shards, check, local, whole
+from octavo.models.tensors import Tensor, array_shape, flatten, stack, tensor
 
 
 @dataclass(frozen=True)
@@ -42,56 +43,80 @@ FAMILIES = {
 class Model:
     """A model without its weights: pure functions and static facts."""
 
-    config: ModelConfig
+    config: ModelConfig  # of the checkpoint
     max_model_len: int
     forward: Callable[..., tuple[jax.Array, Any]]
     # forward(params, tokens i32[N], positions i32[N], cache, ops) -> (hidden [N, E], cache);
     # where config.token_types is set, `types` i32[N] may follow
     logits: Callable[..., jax.Array]  # logits(params, hidden [R, E], ops) -> f32[R, V]
     layer_specs: tuple[LayerSpec, ...]  # one per layer
-    attention: tuple[int, int, int]  # H, K, D
+    attention: tuple[int, int, int]  # H, K, D of one shard
     period: int  # layers i and i + period have the same specs and the same parameter tree
     tensors: Any  # the parameter tree with a Tensor for every array
+    shards: Shards = ONE
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """The letters of weight shapes; L are the layers of a stack."""
-        return self.config.sizes | {"L": len(self.layer_specs) // self.period}
+    def whole(self) -> ModelConfig:
+        """The sizes of the parameters, all shards together."""
+        return whole(self.config, self.shards)
+
+    @property
+    def local(self) -> ModelConfig:
+        """The sizes that a program sees, which runs on one shard."""
+        return local(self.config, self.shards)
 
     def head(self, params: Any) -> Any:
         """The part of the parameters that `logits` reads."""
         return replace(params, layers=()) if isinstance(params, Decoder) else params
 
-    def abstract_params(self, dtype: Any) -> Any:
-        """The parameter tree with a ShapeDtypeStruct for every array."""
+    def abstract_params(self, dtype: Any, place: Callable[[Tensor], Any] | None = None) -> Any:
+        """The parameter tree with a ShapeDtypeStruct for every array; `place` gives shardings."""
         sizes = self.sizes
 
         def leaf(t: Tensor) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape(t.axes, sizes), dtype)
+            sharding = None if place is None else place(t)
+            return jax.ShapeDtypeStruct(array_shape(t, sizes), t.dtype or dtype, sharding=sharding)
 
         return jax.tree.map(leaf, self.tensors)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The letters that shapes of parameters are written in; R shards, L layers of a stack."""
+        return self.whole.sizes | {"R": self.shards.count, "L": self.loops}
 
-def build(config: ModelConfig, max_model_len: int, *, stacked: bool = False) -> Model:
+    @property
+    def loops(self) -> int:
+        """Whole periods of layers."""
+        return len(self.layer_specs) // self.period
+
+
+def build(
+    config: ModelConfig, max_model_len: int, shards: Shards = ONE, *, stacked: bool = False
+) -> Model:
     """The model for sequences of up to `max_model_len` tokens, prompt and output.
 
-    stacked: its layers are `Stacks`, for a backend that runs them in a loop.
+    stacked: its layers are `Stacks`, for a backend that runs them in a loop. Raises
+    ModelConfigError where it cannot be cut into `shards`.
     """
+    check(config, shards)
     family = FAMILIES[config.family]
+    checkpoint, config = config, local(config, shards)
     specs = layer_specs(config.windows, max_model_len)
-    local = config.local_rope
+    slow = config.local_rope
     fixed = Fixed(
         config=config,
         specs=specs,
         rope=make_rope(config.rope, config.D, config.max_len, max_model_len),
-        local_rope=make_rope(local, config.D, config.max_len, max_model_len) if local else None,
+        local_rope=make_rope(slow, config.D, config.max_len, max_model_len) if slow else None,
     )
-    tree = family.tensors(config)
+    tree = family.tensors(whole(checkpoint, shards))
+    if shards.count > 1:
+        tree = replace(tree, rank=tensor("R 2", init="ranks"))
     period = _period(specs, tree.layers)
     if stacked:
         tree = replace(tree, layers=_stacks(tree.layers, period))
     return Model(
-        config=config,
+        config=checkpoint,
         max_model_len=max_model_len,
         forward=partial(family.forward, fixed),
         logits=partial(family.logits, config),
@@ -99,6 +124,7 @@ def build(config: ModelConfig, max_model_len: int, *, stacked: bool = False) -> 
         attention=(config.H, config.K, config.D),
         period=period,
         tensors=tree,
+        shards=shards,
     )
 
 
@@ -112,13 +138,29 @@ def layer_specs(windows: tuple[int, ...], max_model_len: int) -> tuple[LayerSpec
     return tuple(LayerSpec(group=group if w else 0, window=w) for w in windows)
 
 
-def _stacks(layers: tuple[Any, ...], period: int) -> Stacks:
+def _stacks(trees: tuple[Any, ...], period: int) -> Stacks:
     """Trees of Tensors, one per layer, as stacks of whole periods and what is left."""
-    whole = len(layers) // period * period
+    trees = jax.tree.map(_two_dimensional, trees, is_leaf=_is_projection)
+    whole = len(trees) // period * period
     periods = tuple(
-        jax.tree.map(lambda *same: stack(same), *layers[at:whole:period]) for at in range(period)
+        jax.tree.map(lambda *same: stack(same), *trees[at:whole:period]) for at in range(period)
     )
-    return Stacks(periods, layers[whole:])
+    return Stacks(periods, trees[whole:])
+
+
+def _is_projection(node: Any) -> bool:
+    return isinstance(node, Linear | layers.Experts)
+
+
+def _two_dimensional(node: Any) -> Any:
+    """Projections as matrices: a loop over layers reads those where they lie, and copies others."""
+    if isinstance(node, Linear):
+        bias: Any = node.bias
+        return Linear(flatten(node.weight, 1), None if bias is None else flatten(bias, 0))
+    if isinstance(node, layers.Experts):
+        router = _two_dimensional(node.router)
+        return replace(node, router=router, gate_up=flatten(node.gate_up, 2))
+    return node
 
 
 def _period(specs: tuple[LayerSpec, ...], trees: tuple[Any, ...]) -> int:

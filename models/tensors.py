@@ -41,7 +41,24 @@ class Tensor:
 
     axes: str
     pieces: tuple[Piece, ...]
-    init: str = "normal"  # random weights: normal, ones or zeros
+    init: str = "normal"  # random weights: normal, ones or zeros; ranks: no weight at all
+    flat: int = 0  # the last so many words are one dimension of the array
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype that it has whatever weights have; None: theirs."""
+        return np.dtype(np.int32) if self.init == "ranks" else None
+
+
+def flatten(t: Tensor, keep: int) -> Tensor:
+    """The same with all words but the first `keep` as one dimension."""
+    return replace(t, flat=max(0, len(t.axes.split()) - keep))
+
+
+def array_shape(t: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of the parameter as models see it."""
+    dims = shape(t.axes, sizes)
+    return (*dims[: -t.flat], math.prod(dims[-t.flat :])) if t.flat else dims
 
 
 def stack(layers: Sequence[Tensor]) -> Tensor:
@@ -49,7 +66,7 @@ def stack(layers: Sequence[Tensor]) -> Tensor:
     pieces = (
         replace(piece, into=(i, *piece.into)) for i, t in enumerate(layers) for piece in t.pieces
     )
-    return Tensor(f"L {layers[0].axes}", tuple(pieces), layers[0].init)
+    return replace(layers[0], axes=f"L {layers[0].axes}", pieces=tuple(pieces))
 
 
 def unstack(t: Tensor) -> tuple[Tensor, ...]:
@@ -59,7 +76,7 @@ def unstack(t: Tensor) -> tuple[Tensor, ...]:
     layers: dict[int | slice, list[Piece]] = {}
     for piece in t.pieces:
         layers.setdefault(piece.into[0], []).append(replace(piece, into=piece.into[1:]))
-    return tuple(Tensor(t.axes[2:], tuple(pieces), t.init) for pieces in layers.values())
+    return tuple(replace(t, axes=t.axes[2:], pieces=tuple(p)) for p in layers.values())
 
 
 def size(word: str, sizes: Mapping[str, int]) -> int:
@@ -76,13 +93,29 @@ def _letters(axes: str) -> list[str]:
 
 
 def fill(
-    out: np.ndarray, tensor: Tensor, piece: Piece, stored: np.ndarray, sizes: Mapping[str, int]
+    out: np.ndarray,
+    tensor: Tensor,
+    piece: Piece,
+    stored: np.ndarray,
+    sizes: Mapping[str, int],
+    read: Mapping[str, int] | None = None,
 ) -> None:
-    """Write one stored tensor into its part of the parameter `out`, transposed and cast."""
+    """Write one stored tensor into its part of the parameter `out`, transposed and cast.
+
+    `read` are the sizes of the checkpoint, where they are not those of `out` (shards.py): key-value
+    heads are repeated as often as it takes, and rows beyond the vocabulary stay as they are.
+    """
+    read = sizes if read is None else read
     if piece.whole:
-        start = sum(size(word, sizes) for word in piece.after.split())
-        stored = stored[start : start + size(piece.axes.split()[0], sizes)]
+        start = sum(size(word, read) for word in piece.after.split())
+        stored = stored[start : start + size(piece.axes.split()[0], read)]
     have = _letters(piece.axes)
+    if sizes["K"] != read["K"] and "K" in have and "G" not in have:
+        stored = stored.reshape([size(c, read) for c in have])
+        stored = np.repeat(stored, sizes["K"] // read["K"], have.index("K"))
+    if tensor.axes.startswith("V"):
+        out = out[: read["V"]]
+    sizes = {**sizes, "V": read["V"]}
     # A slice of J is a key-value head's queries: there, and only there, J is G.
     want = ["G" if c == "J" else c for c in _letters(tensor.axes)]
     order = [have.index(c) for c in want if c in have]

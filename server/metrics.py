@@ -4,6 +4,7 @@ Totals and gauges of the engine come from its last Stats; what only the front en
 finish reasons) is counted in Figures. Nothing is computed until somebody asks.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
@@ -58,6 +59,7 @@ class Metrics:
         yield from self._frontend_totals(figures)
         yield from self._processes(stats, snapshots)
         yield self._cache_info(stats)
+        yield self._adapters_info()
         yield self._histogram(
             "vllm:iteration_tokens_total",
             "Tokens of a step: prompt and generated",
@@ -251,4 +253,14 @@ class Metrics:
             "How the cache is laid out, in its labels",
             tuple(facts),
             [(tuple(map(str, facts.values())), 1.0)],
+        )
+
+    def _adapters_info(self) -> Metric:
+        """Routers read it, and take the newest by its value; no adapters are served here."""
+        return self._labelled(
+            GaugeMetricFamily,
+            "vllm:lora_requests_info",
+            "LoRA adapters in its labels: most, running, waiting; its value is the time",
+            ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+            [(("0", "", ""), time.time())],
         )

@@ -38,8 +38,8 @@ class Executor(Protocol):
     def compile(self, job: Job) -> Callable[..., Any]:
         """The program, ready to be called with what `put` and other programs gave."""
 
-    def put(self, array: np.ndarray) -> Any:
-        """An array to the device."""
+    def put(self, array: np.ndarray, axis: int | None = None) -> Any:
+        """An array to the cores, cut among them along `axis`, if any."""
 
     def memory(self) -> int:
         """Bytes that may still be taken on the fullest core."""
@@ -97,9 +97,9 @@ class Aot:
 
         return empty
 
-    def put(self, array: np.ndarray) -> Any:
-        """A copy to each core."""
-        return self.cores.put(array)
+    def put(self, array: np.ndarray, axis: int | None = None) -> Any:
+        """A copy to each core, or its part of it."""
+        return self.cores.put(array, axis)
 
     def memory(self) -> int:
         """As the runtime has it."""
@@ -132,7 +132,7 @@ class Pjrt:
         program: Callable[..., Any] = lowered.compile()
         return program
 
-    def put(self, array: np.ndarray) -> Any:
+    def put(self, array: np.ndarray, axis: int | None = None) -> Any:
         """To the first device."""
         return jax.device_put(array, self.devices[0])
 

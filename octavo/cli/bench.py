@@ -12,6 +12,7 @@ PROGRAMS = {
     "frontend": "what the HTTP side alone can do, before an engine that answers at once",
     "fuzz": "what malformed requests do to a server, and whether anything is left behind",
     "startup": "how long until ready, with a cold and a warm compilation cache",
+    "replicas": "what scaling, and the loss of a replica, look like under Ray Serve",
     "host": "what a step costs the host, with a model that computes nothing",
     "gpu": "the engine alone on an accelerator: random weights of a real shape, four workloads",
     "grammar": "llguidance beside xgrammar: schemas compiled, masks filled",

@@ -14,12 +14,14 @@ Every index is clipped into the vocabulary, and entries that are not used change
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from octavo.pallas_kernels.sampling.across import Across, ids_of
 from octavo.pallas_kernels.sampling.controls import Controls
 
 IN_PROMPT = 0.5  # the part of `counts` that marks ids of the prompt; its whole part counts
@@ -34,7 +36,8 @@ Forbid = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Edits:
     """Everything optional: None leaves its part out of the program."""
 
-    allowed: jax.Array | None = None  # u32[R, ceil(V / 32)] bit v % 32 of word v // 32
+    # u32[R, ceil(V / 32)] bit v % 32 of word v // 32; inside a shard bool[R, V]
+    allowed: jax.Array | None = None
     bad_words: jax.Array | None = None  # i32[R, W, A] ids, right-aligned, -1 before them or unused
     recent: jax.Array | None = None  # i32[R, A - 1] the last ids of the sequence, -1 before it
     stop_ids: jax.Array | None = None  # i32[R, Z] -1 is unused
@@ -45,13 +48,21 @@ class Edits:
 
 
 def edit(
-    logits: jax.Array, controls: Controls, edits: Edits, *, branches: bool = True
+    logits: jax.Array,
+    controls: Controls,
+    edits: Edits,
+    across: Across | None = None,
+    *,
+    branches: bool = True,
 ) -> jax.Array:
     """logits f32[R, V] with everything applied. Each part is skipped while no row needs it.
 
+    `across`: the logits are one shard's part, while `edits` name ids of the whole vocabulary.
     Without `branches` nothing is skipped, and what is forbidden is FORBIDDEN or a few times that
     instead of -inf.
     """
+    if across is not None:
+        edits = _of_shard(edits, across, logits.shape[1])
     if_any = _if_any if branches else _always
     if edits.allowed is not None:
         logits = mask_allowed(logits, edits.allowed, -jnp.inf if branches else FORBIDDEN)
@@ -72,8 +83,10 @@ def edit(
 
 
 def mask_allowed(logits: jax.Array, allowed: jax.Array, forbidden: float = -jnp.inf) -> jax.Array:
-    """allowed u32[R, ceil(V / 32)]."""
+    """allowed u32[R, ceil(V / 32)], or bool[R, V]."""
     R, V = logits.shape
+    if allowed.dtype == jnp.bool_:
+        return jnp.where(allowed, logits, forbidden)
     bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1  # [R, words, 32]
     return jnp.where(bits.reshape(R, -1)[:, :V] == 1, logits, forbidden)
 
@@ -124,6 +137,42 @@ def mark_prompt(
     """counts f32[B, V] with tokens i32[T] of slot i32[T] marked as prompt, where real bool[T]."""
     marked = jnp.where(real, jnp.floor(counts[slot, tokens]) + IN_PROMPT, 0)
     return counts.at[slot, tokens].max(marked, mode="promise_in_bounds")
+
+
+def _of_shard(edits: Edits, across: Across, V: int) -> Edits:
+    """The edits in terms of the V ids of a shard: those of others are none."""
+    ids, first = ids_of(across, V), across.rank * V
+    allowed, counts, bias = edits.allowed, edits.counts, edits.bias
+    if allowed is not None:
+        bit = jnp.minimum(ids, allowed.shape[1] * 32 - 1)
+        words = allowed.T.at[bit >> 5].get(**IN_BOUNDS).T  # [R, V]
+        allowed = (words >> (bit & 31).astype(jnp.uint32)) & 1 == 1
+    if counts is not None and counts.shape[1] > 1:
+        B, n = counts.shape[0], across.count
+        every = jnp.pad(counts, ((0, 0), (0, n * V - counts.shape[1]))).reshape(B, n, V)
+        every = every.swapaxes(0, 1).reshape(n, B * V)
+        counts = every.at[across.rank[None]].get(**IN_BOUNDS).reshape(B, V)
+    if edits.bias_ids is not None and bias is not None:
+        at = edits.bias_ids - first
+        bias = jnp.where((at >= 0) & (at < V), bias, 0)
+    bad = edits.bad_words
+    if bad is not None:
+        bad = jnp.concatenate([bad[:, :, :-1], _shifted(bad[:, :, -1:], first, V)], axis=2)
+    return replace(
+        edits,
+        allowed=allowed,
+        bad_words=bad,
+        stop_ids=None if edits.stop_ids is None else _shifted(edits.stop_ids, first, V),
+        bias_ids=None if edits.bias_ids is None else edits.bias_ids - first,
+        bias=bias,
+        counts=counts,
+    )
+
+
+def _shifted(ids: jax.Array, first: jax.Array, V: int) -> jax.Array:
+    """Ids of the vocabulary as places in a shard's part of it; -1 where they are not in it."""
+    at = ids - first
+    return jnp.where((ids >= 0) & (at >= 0) & (at < V), at, -1)
 
 
 def _forbid(logits: jax.Array, ids: jax.Array, where: jax.Array) -> jax.Array:

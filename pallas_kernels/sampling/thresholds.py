@@ -20,6 +20,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from octavo.pallas_kernels.sampling.across import Across, largest, total
+
 LOWEST = -jnp.inf
 LEAST = -3e38  # in its place for those without infinities
 PASSES = 32  # that find one number of 32 bits
@@ -33,6 +35,7 @@ def threshold(
     top_k: jax.Array,
     top_p: jax.Array,
     min_p: jax.Array,
+    across: Across | None = None,
     *,
     branches: bool = True,
 ) -> jax.Array:
@@ -42,26 +45,31 @@ def threshold(
     Without `branches` all passes are made, one behind another, and LEAST stands for -inf.
     """
     lowest = LOWEST if branches else LEAST
-    top = logits.max(-1)
+    top = largest(across, logits.max(-1))
     kept = jnp.where(min_p > 0, top + jnp.log(jnp.maximum(min_p, 1e-38)), lowest)
-    kept = jnp.maximum(kept, top_k_threshold(logits, top_k, top, branches=branches))
+    kept = jnp.maximum(kept, top_k_threshold(logits, top_k, top, across, branches=branches))
     # Rounding must not lose the largest: with min_p = 1 it is all that stays.
     kept = jnp.minimum(kept, top)
     if not branches:
-        return top_p_threshold(logits, top_p, top, kept, branches=False)
+        return top_p_threshold(logits, top_p, top, kept, across, branches=False)
     return jax.lax.cond(
-        jnp.any(top_p < 1), lambda: top_p_threshold(logits, top_p, top, kept), lambda: kept
+        jnp.any(top_p < 1), lambda: top_p_threshold(logits, top_p, top, kept, across), lambda: kept
     )
 
 
 def top_k_threshold(
-    logits: jax.Array, top_k: jax.Array, top: jax.Array, *, branches: bool = True
+    logits: jax.Array,
+    top_k: jax.Array,
+    top: jax.Array,
+    across: Across | None = None,
+    *,
+    branches: bool = True,
 ) -> jax.Array:
     """The k-th largest logit f32[R]; -inf where top_k i32[R] is below 1 or takes in all."""
-    V = logits.shape[1]
+    V = logits.shape[1] * (1 if across is None else across.count)
 
     def measure(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-        count = jnp.sum(logits >= at[:, None], -1, dtype=jnp.int32)
+        count = total(across, jnp.sum(logits >= at[:, None], -1, dtype=jnp.int32))
         return count, count
 
     off = (top_k < 1) | (top_k >= V)
@@ -75,6 +83,7 @@ def top_p_threshold(
     top_p: jax.Array,
     top: jax.Array,
     kept: jax.Array,
+    across: Across | None = None,
     *,
     branches: bool = True,
 ) -> jax.Array:
@@ -84,7 +93,7 @@ def top_p_threshold(
     def measure(at: jax.Array) -> tuple[jax.Array, jax.Array]:
         stays = logits >= at[:, None]
         mass = jnp.sum(jnp.where(stays, weight, 0.0), -1)
-        return mass, jnp.sum(stays, -1, dtype=jnp.int32)
+        return total(across, mass), total(across, jnp.sum(stays, -1, dtype=jnp.int32))
 
     mass, count = measure(kept)
     return _bisect(measure, top_p * mass, kept, top, count, top_p >= 1, branches=branches)

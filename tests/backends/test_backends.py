@@ -1,6 +1,6 @@
 """The backend records: what they choose, refuse and compute."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -10,7 +10,6 @@ import pytest
 
 from octavo.backends import BackendError, cpu, plain, select
 from octavo.backends.record import doubling
-from octavo.engine.config import EngineConfig
 from octavo.models.ops import LayerSpec, Linear
 
 
@@ -24,13 +23,6 @@ def test_auto_takes_what_jax_found_and_says_so() -> None:
 def test_a_device_that_is_not_there_is_refused_with_the_next_step(device: str) -> None:
     with pytest.raises(BackendError, match=f"no .*{device}.*use --device cpu"):
         select(device)
-
-
-def test_only_a_mesh_of_one_device_is_served() -> None:
-    why_not, config = select("cpu").why_not, EngineConfig()
-    assert why_not(config) is None
-    assert why_not(replace(config, mesh="data=1,model=1")) is None
-    assert "model=8" in str(why_not(replace(config, mesh="data=1,model=8")))
 
 
 def test_buckets_double_and_end_with_the_limit() -> None:

@@ -14,7 +14,6 @@ from octavo.pallas_kernels.attention.tpu import page_bytes
 @pytest.mark.parametrize(
     "change, hint",
     [
-        ({"mesh": "model=4"}, "leave `mesh` empty"),
         ({"dtype": "float16"}, "use bfloat16"),
         ({"kv_cache_dtype": "float16"}, "use bfloat16"),
         ({"page_size": 8}, "at least 16 tokens.*page_size=8"),

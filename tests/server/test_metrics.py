@@ -2,10 +2,12 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.engine.config import EngineConfig
 from octavo.engine.messages import ITERATION_TOKENS, Ready, Stats
@@ -115,10 +117,14 @@ def test_any_process_answers_for_all_of_them(launch):
     server = launch("--api-server-count", "3", step=0.001)
     for _ in range(24):
         assert server.post("/v1/completions", {"prompt": "ab", "max_tokens": 3}).is_success
-    server.until(lambda: server.metric(COUNT) == 24, f"{server.metric(COUNT)} of 24 counted")
+
+    def counts():  # a process knows of the others what they wrote, twice a second
+        return {server.metric(COUNT) for _ in range(12)}
+
+    server.until(lambda: counts() == {24}, f"{counts()} of 24 counted")
     answers = {httpx.get(f"{server.url}/metrics").text.count("api") for _ in range(6)}
     assert answers == {6}, "memory and open requests of three processes"
-    assert {server.metric(COUNT) for _ in range(12)} == {24}
+    assert counts() == {24}
     assert server.metric("vllm:request_success_total") == 24
 
 
@@ -189,3 +195,25 @@ def test_a_bucket_holds_what_is_not_above_its_bound():
     for value in (0.5, 1, 1.5, 4, 9):
         histogram.observe(value)
     assert (histogram.counts, histogram.sum) == ([2, 1, 1, 1], 16)
+
+
+def samples(text):
+    """Every sample: its name, its labels and its value."""
+    families = text_string_to_metric_families(text.decode())
+    return {s.name: (s.labels, s.value) for family in families for s in family.samples}
+
+
+def test_a_router_finds_what_the_inference_extension_asks_for_by_its_default_names():
+    ready = Ready("tiny", 512, 100, [2], 8, 512, [], 0.1, page_size=16)
+    stats = Stats(running=3, waiting=5, pages=[60, 40], pages_free=[30, 20], pages_cached=[10, 15])
+    before = time.time()
+    told = samples(exposed(stats=stats, ready=ready).text())
+    assert told["vllm:num_requests_waiting"][1] == 5
+    assert told["vllm:num_requests_running"][1] == 3
+    assert told["vllm:kv_cache_usage_perc"][1] == 0.25, "cached pages can be had at once"
+    labels, value = told["vllm:cache_config_info"]
+    assert (labels["block_size"], labels["num_gpu_blocks"], value) == ("16", "100", 1)
+    labels, value = told["vllm:lora_requests_info"]
+    assert labels["max_lora"] == "0"
+    assert labels["running_lora_adapters"] == labels["waiting_lora_adapters"] == ""
+    assert before <= value <= time.time(), "the router takes the newest"

@@ -1,0 +1,152 @@
+"""What was compiled for a TPU that is not here, and what it says about serving there."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from octavo.backends.chips import Chip
+from octavo.engine.ahead.hlo import Module
+from octavo.engine.memory import MemoryPlan, Resolved, size
+
+LARGE = 8 << 20  # bytes from which a copy is worth naming
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program."""
+
+    name: str
+    arguments: int
+    argument_bytes: int
+    in_place_bytes: int
+    temporary_bytes: int
+    kernels: dict[str, int]
+    copies: dict[str, int]  # of weights or cache, in HBM, of LARGE bytes or more
+    collectives_per_layer: dict[str, int]
+    collectives: dict[str, int]  # in all, the loop over layers counted once
+    cycles: int  # the compiler's estimates added up, our own kernels aside
+
+    @classmethod
+    def of(cls, name: str, compiled: Any, loops: int) -> Self:
+        """Measure what jax compiled; `loops` turns of the loop over layers."""
+        module, memory = Module.read(compiled.as_text()), compiled.memory_analysis()
+        return cls(
+            name=name,
+            arguments=module.arguments,
+            argument_bytes=memory.argument_size_in_bytes,
+            in_place_bytes=memory.alias_size_in_bytes,
+            temporary_bytes=memory.temp_size_in_bytes,
+            kernels=module.kernels(),
+            copies=module.copies(LARGE),
+            collectives_per_layer=module.collectives(module.layer_loop()),
+            collectives=module.collectives(module.entry),
+            cycles=module.cycles(loops),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step of all rows at one length: what bounds it."""
+
+    rows: int
+    length: int
+    bytes: int  # read from HBM: every weight once, the keys and values of every row
+    seconds: float  # that takes at the chip's bandwidth
+    cycles: int  # static, of everything but attention; 0 where it is not known
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.rows / self.seconds
+
+
+@dataclass(frozen=True)
+class Report:
+    """A plan, and with programs what was compiled by it."""
+
+    chip: Chip
+    topology: str
+    resolved: Resolved
+    programs: list[Program] = field(default_factory=list)
+    folder: Path | None = None
+
+    @property
+    def memory(self) -> MemoryPlan:
+        return self.resolved.memory
+
+    def steps(self) -> list[Step]:
+        """Decode steps of all slots, as long as all of them fit, and of one alone."""
+        memory = self.memory
+        each = min(memory.max_model_len, memory.tokens // memory.max_num_seqs)
+        shapes = [(1, memory.max_model_len), (memory.max_num_seqs, each)]
+        return [self._step(rows, length) for rows, length in dict.fromkeys(shapes)]
+
+    def _step(self, rows: int, length: int) -> Step:
+        memory, dims = self.memory, self.resolved.dims
+        read = memory.weights - self._not_read()
+        for group, cost in zip(dims.groups, memory.page_bytes, strict=True):
+            seen = min(length, group.window) if group.window else length
+            read += rows * seen * cost // dims.page_size
+        bucket = next(r for r in self.resolved.row_buckets if r >= rows)
+        named = {program.name: program.cycles for program in self.programs}
+        parts = (f"forward {bucket} rows + 0 tokens", f"greedy {bucket} rows")
+        cycles = sum(named[part] for part in parts) if all(p in named for p in parts) else 0
+        return Step(rows, length, read, read / self.chip.bandwidth, cycles)
+
+    def _not_read(self) -> int:
+        """Bytes of weights that a step only looks rows up in: an embedding that is no head."""
+        config = self.resolved.model.config
+        return 0 if config.tied else config.V * config.E * self.resolved.dtype.itemsize
+
+    def lines(self) -> list[str]:
+        """For people."""
+        chip = self.chip
+        figures = f"{chip.bandwidth / 1e9:,.0f} GB/s, {chip.flops / 1e12:,.0f} TFLOP/s bfloat16"
+        out = [f"target     {chip.name}:{self.topology}, {figures} a device", *self.memory.lines()]
+        for step in self.steps():
+            cycles = f", {step.cycles:,} static cycles beside attention" if step.cycles else ""
+            out.append(
+                f"decode     {step.rows} x {step.length:,} tokens: {size(step.bytes)} to read, at "
+                f"least {step.seconds * 1e3:.2f} ms, at most {step.tokens_per_second:,.0f} "
+                f"tokens/s{cycles}"
+            )
+        if self.programs:
+            out += self._program_lines()
+        return out
+
+    def _program_lines(self) -> list[str]:
+        rows = [("program", "arguments", "HBM", "in place", "temporary", "cycles", "copies")]
+        for p in self.programs:
+            copies = ", ".join(f"{n} of {what}" for what, n in p.copies.items()) or "none"
+            held = (p.argument_bytes, p.in_place_bytes, p.temporary_bytes)
+            sizes = [size(count) for count in held]
+            rows.append((p.name, str(p.arguments), *sizes, f"{p.cycles:,}", copies))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        out = [""]
+        for row in rows:
+            first, *middle, last = (cell for cell in row)
+            cells = [first.ljust(widths[0])]
+            cells += [c.rjust(w) for c, w in zip(middle, widths[1:-1], strict=True)]
+            out.append("  ".join([*cells, last]))
+        out += ["", f"folder     {self.folder}"]
+        pages = self.memory.pages[0]
+        out.append(
+            f"start with --compilation-cache {self.folder} --num-pages {pages} and the settings "
+            "of this command"
+        )
+        return out
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "target": f"{self.chip.name}:{self.topology}",
+            "chip": asdict(self.chip),
+            "memory": asdict(self.memory),
+            "row_buckets": self.resolved.row_buckets,
+            "token_buckets": self.resolved.token_buckets,
+            "decode": [
+                asdict(step) | {"tokens_per_second": step.tokens_per_second}
+                for step in self.steps()
+            ],
+            "programs": [asdict(program) for program in self.programs],
+            "folder": str(self.folder) if self.folder else None,
+        }

@@ -1,0 +1,144 @@
+"""Plan and compile for TPUs that are not here: from a config.json to programs and a report."""
+
+import json
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from octavo.backends import tpu
+from octavo.backends.chips import CHIPS, Chip
+from octavo.backends.record import Backend, BackendError
+from octavo.backends.topology import chips_of, devices_of
+from octavo.engine.ahead.report import Program, Report
+from octavo.engine.assemble import (
+    Progress,
+    abstract_weights,
+    cache_maker,
+    limits_of,
+    open_model,
+    refusals,
+)
+from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.memory import Resolved, resolve
+from octavo.engine.planning import check_workspace
+from octavo.engine.prepare import readable
+from octavo.engine.programs import Programs
+from octavo.engine.runner import choose_runner
+from octavo.engine.step import Machine
+from octavo.models.config import ModelConfig
+
+
+class Wanted(Protocol):
+    """What the command line asks for (octavo/cli/targets.py)."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def chip(self) -> str: ...
+    @property
+    def topology(self) -> str: ...
+    @property
+    def output(self) -> Path | None: ...
+    @property
+    def progress(self) -> Progress | None: ...
+
+
+def plan(wanted: Wanted) -> Report:
+    """What fits, by the sizes alone: nothing is compiled, and libtpu is not needed."""
+    chip = CHIPS[wanted.chip]
+    with refusals(), _backend_refusals():
+        chips_of(chip, wanted.topology)
+        resolved = _sizes(readable(wanted.config), _backend(chip, wanted.topology, ()))
+    return Report(chip, wanted.topology, resolved)
+
+
+def compile(wanted: Wanted) -> Report:
+    """Compile every program, keep them in `wanted.output`, and say what they are."""
+    chip = CHIPS[wanted.chip]
+    assert wanted.output is not None
+    with refusals(), _backend_refusals():
+        devices = devices_of(chip, wanted.topology)
+        backend = _backend(chip, wanted.topology, devices[:1])
+        config = readable(wanted.config)
+        resolved = _sizes(config, backend)
+        folder = _folder(wanted.output)
+    mesh = Mesh(np.array(devices[:1]), ("model",), axis_types=(AxisType.Auto,))
+    where = NamedSharding(mesh, jax.P())
+    programs = Programs(
+        Machine(resolved.dims, resolved.model, backend),
+        limits_of(config, resolved),
+        config.max_logprobs,
+        folder,
+        elsewhere=where,
+    )
+    weights = abstract_weights(backend, resolved, where)
+    try:
+        with jax.set_mesh(mesh):  # kernels ask it for the chip that they are lowered for
+            programs.compile(weights, cache_maker(backend, resolved), wanted.progress)
+
+    except jax.errors.JaxRuntimeError as error:
+        raise _does_not_compile(error) from error
+    resolved = replace(resolved, memory=check_workspace(resolved, programs.workspace()))
+    loops = len(resolved.model.layer_specs) // resolved.model.period
+    measured = [Program.of(name, made, loops) for name, made in programs.made.items()]
+    report = Report(chip, wanted.topology, resolved, measured, folder)
+    (folder / "report.json").write_text(json.dumps(report.as_json(), indent=2) + "\n")
+    return report
+
+
+def _backend_refusals() -> Any:
+    """What hardware cannot do is the user's to mend, as a wrong setting is."""
+    return _Refusals()
+
+
+class _Refusals:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, BackendError):
+            raise ConfigError(str(error)) from None
+
+
+def _backend(chip: Chip, topology: str, devices: tuple[jax.Device, ...]) -> Backend:
+    reason = f"tpu: compiled for {chip.name}:{topology}, which is not here"
+    return tpu.record(reason, devices, lambda: chip.memory, chip)
+
+
+def _sizes(config: EngineConfig, backend: Backend) -> Resolved:
+    """Every size of the engine. Raises ConfigError for what cannot be served there."""
+    config.validate()
+    if choose_runner(config) == "pooling":
+        raise ConfigError(
+            "`--target` compiles models that write, and this one reads",
+            "it compiles in seconds where it is served: leave out --target",
+        )
+    with closing(open_model(config)) as checkpoint:
+        return resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"`--output` {path} cannot be written: {reason}", "give a folder that can"
+        ) from None
+    return path
+
+
+def _does_not_compile(error: Exception) -> Exception:
+    """The compiler's own words are for us, but for memory, which is the user's to mend."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        return error
+    return ConfigError(
+        f"the compiler finds no room for a step: {text.splitlines()[0].partition(': ')[2]}",
+        "use a smaller --max-num-batched-tokens, a smaller --num-pages or fewer --max-num-seqs",
+    )

@@ -1,0 +1,154 @@
+"""A model cut over a mesh: how many ways, and which dimension of each weight.
+
+A program sees one shard: the model of `local(config, shards)`, whose heads, feed-forward width,
+experts and vocabulary are a part of the whole's. What stands between is `whole(config, shards)`:
+the sizes of the parameters as they lie over all shards, with key-value heads repeated until every
+shard has one and the vocabulary padded until it divides.
+
+    checkpoint          whole                      local
+    K = 2, model = 8    K = 8, each head 4 times   K = 1
+    V = 32001           V = 32008                  V = 4001
+
+The axes `expert` and `model` cut attention, dense layers and vocabulary together, in that order;
+experts lie whole on `expert`, their width on `model`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from octavo.models.config import ModelConfig, ModelConfigError
+from octavo.models.tensors import Tensor
+
+SPLIT = ("expert", "model")  # the axes of the mesh that cut one copy of a model
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How many ways a model is cut."""
+
+    model: int = 1
+    expert: int = 1
+
+    @property
+    def count(self) -> int:
+        """Shards of attention, dense layers and vocabulary."""
+        return self.model * self.expert
+
+
+ONE = Shards()
+
+
+def whole(config: ModelConfig, shards: Shards) -> ModelConfig:
+    """The sizes of all shards together."""
+    n = shards.count
+    if n == 1:
+        return config
+    padded = -(-config.V // n) * n
+    return replace(config, K=max(config.K, n), V=padded, real_V=config.V)
+
+
+def local(config: ModelConfig, shards: Shards) -> ModelConfig:
+    """The sizes of one shard."""
+    n = shards.count
+    if n == 1:
+        return config
+    all_ = whole(config, shards)
+    return replace(
+        all_,
+        H=all_.H // n,
+        K=all_.K // n,
+        F=all_.F // n,
+        V=all_.V // n,
+        X=all_.X // shards.expert,
+        expert_F=all_.expert_F // shards.model,
+    )
+
+
+def check(config: ModelConfig, shards: Shards) -> None:
+    """Raise ModelConfigError where the model cannot be cut so."""
+    n = shards.count
+    if n == 1:
+        return
+    if config.family == "bert" or not config.generates:
+        raise ModelConfigError("models that only read run on one device; leave `mesh` empty")
+    if shards.expert > 1 and not config.X:
+        raise ModelConfigError(
+            f"the model has no experts to lie on expert={shards.expert}; use model={n} instead"
+        )
+    wrong = [
+        f"{size:,} {what}"
+        for what, size, ways in (
+            ("query heads", config.H, n),
+            ("feed-forward columns", config.F if _dense(config) else 0, n),
+            ("experts", config.X, shards.expert),
+            ("columns of an expert", config.expert_F, shards.model),
+        )
+        if size % ways
+    ]
+    if config.K % n and n % config.K:
+        wrong.append(f"{config.K} key-value heads")
+    if wrong:
+        fits = ", ".join(str(m) for m in range(2, 65) if _fits(config, m)) or "none"
+        raise ModelConfigError(
+            f"{' and '.join(wrong)} cannot be cut {n} ways; sizes of `model` that fit: {fits}"
+        )
+
+
+def _dense(config: ModelConfig) -> bool:
+    return not config.X or (bool(config.sparse) and not all(config.sparse))
+
+
+def _fits(config: ModelConfig, n: int) -> bool:
+    heads = config.H % n == 0 and (config.K % n == 0 or n % config.K == 0)
+    dense = not _dense(config) or config.F % n == 0
+    return heads and dense and config.expert_F % n == 0
+
+
+def copies(config: ModelConfig, shards: Shards) -> int:
+    """How often each key-value head is there; more than once where the shards outnumber them."""
+    return whole(config, shards).K // config.K
+
+
+Cut = tuple[str, ...] | str | None  # the axes of the mesh that cut one dimension
+
+
+def placed(t: Tensor) -> tuple[Cut, ...]:
+    """How the mesh cuts each dimension of a parameter's array."""
+    words = t.axes.split()
+    router = "E" in words and words[-1] == "X"  # every shard chooses for every token
+    cuts: list[Cut] = [None if router else _cut(word) for word in words]
+    if t.flat:
+        merged = next((cut for cut in cuts[-t.flat :] if cut), None)
+        cuts[-t.flat :] = [merged]
+    return tuple(cuts)
+
+
+def laid_out(array: np.ndarray, t: Tensor, shards: Shards) -> np.ndarray:
+    """A parameter with one dimension for each word of its axes, as its array.
+
+    Where words are one dimension there, each shard's part of them is one run of it.
+    """
+    if not t.flat:
+        return array
+    kept, merged = array.shape[: -t.flat], array.shape[-t.flat :]
+    for at, word in enumerate(t.axes.split()[-t.flat :]):
+        if ways := _ways(_cut(word), shards):
+            first = len(kept) + at
+            array = array.reshape(*array.shape[:first], ways, -1, *array.shape[first + 1 :])
+            array = np.moveaxis(array, first, len(kept))
+            break
+    return array.reshape(*kept, math.prod(merged))
+
+
+def _ways(cut: Cut, shards: Shards) -> int:
+    """Into how many parts; 0 for none."""
+    sizes = {SPLIT: shards.count, "expert": shards.expert, "model": shards.model}
+    return 0 if cut is None else sizes[cut]
+
+
+def _cut(word: str) -> Cut:
+    if word in ("K", "HD", "F", "V", "R"):
+        return SPLIT
+    return {"X": "expert", "f": "model"}.get(word)
