@@ -73,7 +73,7 @@ class Backend:
     cache_bytes: int = 0  # the most the cache takes unless asked for more; 0 is all that fits
     # compiler_options(tokens): XLA's, for a program that runs this many tokens
     compiler_options: Callable[[int], Mapping[str, bool | int | str]] = lambda tokens: {}
-    # compile(engine.programs.Job) -> what is called, where XLA does not run the programs
+    # compile(engine.job.Job) -> what is called, where XLA does not run the programs
     compile: Callable[[Any], Any] | None = None
     # put(array, axis): an array to where those find it, cut among the cores along axis, if any
     put: Callable[[np.ndarray, int | None], Any] | None = None

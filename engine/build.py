@@ -46,7 +46,7 @@ class Build:
             folder = cache_folder(config.compilation_cache)
             programs = Programs(machine, limits_of(config, resolved), config.max_logprobs, folder)
             params = self._params
-            if params is None:
+            if params is None or backend.put is not None:  # those say what one core has of them
                 params = abstract_weights(backend, resolved)
             make = cache_maker(backend, resolved)
             programs.compile(params, make, self._progress, stop=self._stop)

@@ -12,9 +12,9 @@ from octavo.engine.build import Build
 from octavo.engine.compiles import WATCH
 from octavo.engine.harvest import Rows
 from octavo.engine.host import Flight, Host, Launch, Limits
+from octavo.engine.job import forward_key
 from octavo.engine.masks import Masks
 from octavo.engine.plan import CHUNKS, Packer
-from octavo.engine.programs import forward_key
 from octavo.engine.reader import Reader
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 

@@ -28,6 +28,7 @@ from octavo.engine import step
 from octavo.engine.compiles import WATCH
 from octavo.engine.grammar.guide import mask_words
 from octavo.engine.host import Limits
+from octavo.engine.job import Job, forward_key, shapes_of
 from octavo.engine.mesh import ROWS, STATE, Placement
 from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
@@ -52,24 +53,6 @@ def new_state(machine: step.Machine, init_kv: Callable[[], Any]) -> EngineState:
     dims = machine.dims
     pages = tuple(empty_pages(dims, group) for group in dims.groups)
     return as_shard(EngineState(slots=empty_slots(dims), pages=pages, kv=init_kv()))
-
-
-@dataclass
-class Job:
-    """A program to compile."""
-
-    name: str
-    place: Callable[[Any], None]  # where it goes
-    function: Any
-    arguments: tuple[Any, ...]  # abstract
-    donate: tuple[int, ...] = ()
-    tokens: int = 0  # that it runs
-    static: tuple[Any, ...] = ()  # what the function was made with, besides sizes and model
-
-    @property
-    def details(self) -> tuple[Any, ...]:
-        """What decides the program besides the model, for a name on disk."""
-        return _shapes(self.arguments), self.donate, self.tokens, self.static
 
 
 @dataclass
@@ -119,7 +102,7 @@ class Programs:
         if self.folder is not None and self.machine.backend.compile is None:
             made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
             mesh = () if place.key is None else (place.key,)
-            made_from = (*made_from, _shapes(state), *mesh)
+            made_from = (*made_from, shapes_of(state), *mesh)
             devices = self.machine.backend.devices if self.elsewhere is not None else ()
             store = Store(self.folder / "whole", *made_from, devices=devices)
         done = 0
@@ -151,7 +134,7 @@ class Programs:
         if store is not None and self.found < len(jobs):
             store.prune()
 
-    def _build(self, job: "Job", store: Store | None, threads: ThreadPoolExecutor) -> Any:
+    def _build(self, job: Job, store: Store | None, threads: ThreadPoolExecutor) -> Any:
         """Trace here, compile and keep there: a future of (program, seconds)."""
         backend = self.machine.backend
         if backend.compile is not None:
@@ -327,12 +310,6 @@ class Programs:
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
 
 
-def _shapes(tree: Any) -> tuple[Any, ...]:
-    """Everything about a tree of abstract arrays that a program depends on."""
-    leaves, structure = jax.tree.flatten(tree)
-    return [(leaf.shape, str(leaf.dtype)) for leaf in leaves], str(structure)
-
-
 def _timed(work: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, float]:
     began = time.perf_counter()
     return work(*arguments, **named), time.perf_counter() - began
@@ -343,11 +320,6 @@ def _edit(machine: step.Machine) -> Any:
         return as_shard(step.edit(machine, one_shard(slots), one_shard(pages), vector[0]))
 
     return edit
-
-
-def forward_key(rows: int, tokens: int, context: int = 0) -> tuple[int, ...]:
-    """Where `Programs.forward` has the program of R rows and T tokens; 0 pages are all."""
-    return (rows, tokens, context) if context else (rows, tokens)
 
 
 def _forward(machine: step.Machine, rows: int, tokens: int, context: int = 0) -> Any:
