@@ -79,6 +79,7 @@ class Backend:
     put: Callable[[np.ndarray, int | None], Any] | None = None
     cores: int = 0  # for a mesh of what are no devices of jax: how many there may be
     close: Callable[[], None] = lambda: None  # when the engine is closed
+    donates: bool = True  # a program may write its results where its donated arguments lay
     autotuning: str = ""  # XLA's option for a folder that keeps what it found by trying
     # What its compiler cannot do; docs/design.md section 7.
     mixed: bool = True  # decode rows and prompt chunks in one program

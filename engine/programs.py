@@ -144,7 +144,8 @@ class Programs:
         if self.elsewhere is not None:
             arguments = jax.tree.map(self._placed, arguments)
             where = {} if arguments else {"out_shardings": self.elsewhere}
-        lowered = jax.jit(job.function, donate_argnums=job.donate, **where).lower(*arguments)
+        donate = job.donate if backend.donates else ()
+        lowered = jax.jit(job.function, donate_argnums=donate, **where).lower(*arguments)
         options = dict(backend.compiler_options(job.tokens))
         if backend.autotuning and store is not None:
             options[backend.autotuning] = str(store.subfolder("autotuning"))

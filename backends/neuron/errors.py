@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 GUIDE = "docs/neuron.md"
-INDEX = "pip install --index-url of AWS's own package index; docs/neuron.md has the command"
+INDEX = f"install it from AWS's own package index; {GUIDE} has the command"
 
 
 class NeuronError(ValueError):
@@ -29,7 +29,7 @@ class StubPackage(NeuronError):
     def __init__(self, package: str) -> None:
         super().__init__(
             f"the installed {package} is a stub that only holds the name",
-            f"remove it and install AWS's own: pip uninstall {package}, then {INDEX}",
+            f"pip uninstall {package}, then {INDEX}",
         )
 
 

@@ -9,11 +9,12 @@ from octavo.cli.table import format_table
 def run() -> int:
     """Print the table; 1 where a check that serving needs failed or could not be made."""
     conformance = import_module("octavo.backends.neuron.conformance")
+    checks = import_module("octavo.backends.neuron.checks").CHECKS
     settings = import_module("octavo.backends.neuron.settings").Settings.read()
     bench = conformance.open_bench(settings)
     rows, wrong = [], 0
     try:
-        for result in conformance.run_all(bench):
+        for result in conformance.run_all(bench, checks):
             status = result.status
             if not result.needed and status == "failed":
                 status = "failed, not needed"
