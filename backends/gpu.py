@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from octavo.backends import plain
-from octavo.backends.record import Backend
+from octavo.backends.record import CACHE_DTYPES, Backend
 from octavo.pallas_kernels.attention import blockwise, gpu
 from octavo.pallas_kernels.attention.batch import RaggedBatch
 from octavo.pallas_kernels.attention.reference import KV
@@ -21,13 +21,13 @@ MANY = 128
 
 def backend(reason: str) -> Backend:
     """The record."""
-    device = jax.devices("gpu")[0]
+    device = jax.local_devices(backend="gpu")[0]
     hopper = str(getattr(device, "compute_capability", "")) == "9.0"
     free = _free_memory(device)
     return Backend(
         name="gpu",
         reason=reason,
-        devices=(device,),
+        devices=tuple(jax.devices("gpu")),
         attend=partial(attend, hopper=hopper),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
@@ -61,11 +61,14 @@ def attend(
     window: int,
     scale: float,
     softcap: float,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
     hopper: bool,
 ) -> tuple[jax.Array, KV]:
     """Our kernels where they take the step, plain XLA where they refuse it."""
     static: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap}
-    if gpu.why_not(q, cache, batch) is not None:
+    static |= {"sinks": sinks, "kv_scales": kv_scales}
+    if gpu.why_not(q, cache, batch, sinks, kv_scales) is not None:
         return blockwise.attend(q, k, v, cache, batch, **static)
     return gpu.attend(q, k, v, cache, batch, **static, hopper=hopper)
 
@@ -77,6 +80,11 @@ def compiler_options(tokens: int) -> dict[str, bool | int | str]:
 
 def why_not(config: Any) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
+    if config.kv_cache_dtype in CACHE_DTYPES:
+        return (
+            f"the gpu backend keeps keys and values in 16 or 32 bits, "
+            f"got `kv_cache_dtype={config.kv_cache_dtype}`; use auto"
+        )
     return None
 
 

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-import numpy as np
+
+# `kv_cache_dtype` by the names that people know, where numpy's is another.
+CACHE_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}
+
+
+def cache_dtype(config: Any, default: str) -> str:
+    """The dtype of cached keys and values; `default` where the config names none."""
+    if config.kv_cache_dtype != "auto":
+        return CACHE_DTYPES.get(config.kv_cache_dtype, str(config.kv_cache_dtype))
+    return default if config.dtype == "auto" else str(config.dtype)
 
 
 class BackendError(ValueError):
@@ -48,7 +57,8 @@ class Backend:
     devices: tuple[jax.Device, ...]  # what it computes on, the first one first
 
     # attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, batch: RaggedBatch, *, window, scale,
-    # softcap) -> ([N, H, D], cache): writes, then attends; `cache` is one entry of init_cache.
+    # softcap, sinks=None, kv_scales=None) -> ([N, H, D], cache): writes, then attends; `cache` is
+    # one entry of init_cache. pallas_kernels/attention/reference.py is the definition.
     attend: Callable[..., tuple[jax.Array, Any]]
     init_cache: InitCache
     # page_bytes(layers, page_size, kv_heads, head_size, dtype): one page in all of `layers` layers
@@ -73,13 +83,12 @@ class Backend:
     cache_bytes: int = 0  # the most the cache takes unless asked for more; 0 is all that fits
     # compiler_options(tokens): XLA's, for a program that runs this many tokens
     compiler_options: Callable[[int], Mapping[str, bool | int | str]] = lambda tokens: {}
-    # compile(engine.job.Job) -> what is called, where XLA does not run the programs
+    # compile(engine.programs.Job) -> what is called, where XLA does not run the programs
     compile: Callable[[Any], Any] | None = None
-    # put(array, axis): an array to where those find it, cut among the cores along axis, if any
-    put: Callable[[np.ndarray, int | None], Any] | None = None
-    cores: int = 0  # for a mesh of what are no devices of jax: how many there may be
+    # put(array, axis=None): an array to where those find it, cut among cores along axis, if any
+    put: Callable[..., Any] = jax.device_put
+    cores: int = 0  # for a mesh of cores that are no devices of jax: how many there may be
     close: Callable[[], None] = lambda: None  # when the engine is closed
-    donates: bool = True  # a program may write its results where its donated arguments lay
     autotuning: str = ""  # XLA's option for a folder that keeps what it found by trying
     # What its compiler cannot do; docs/design.md section 7.
     mixed: bool = True  # decode rows and prompt chunks in one program
@@ -94,6 +103,7 @@ class Backend:
     small_model: int = 0
     small_rows: tuple[int, ...] = (1,)
     small_steps: int = 1
+    whole_steps: bool = False  # a decode step is one program: forward and sampling together
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device
     shared_memory: bool = False  # all devices have the same memory

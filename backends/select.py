@@ -47,5 +47,5 @@ def select(device: str = "auto", count: int = 1) -> Backend:
             )
         return tpu.backend(f"tpu: our own paged attention, XLA for the rest ({asked})")
     if device == "neuron":
-        return choose.backend(asked, count)
+        return choose.backend(asked)
     raise BackendError(f"no backend record for {device} yet; use --device cpu")

@@ -11,7 +11,7 @@ from jax.experimental.layout import Format, Layout
 
 from octavo.backends import plain
 from octavo.backends.chips import Chip, chip_of
-from octavo.backends.record import Backend, Layer, doubling
+from octavo.backends.record import Backend, Layer, cache_dtype, doubling
 from octavo.models.layers import Experts
 from octavo.models.ops import Stacks
 from octavo.pallas_kernels.attention import tpu
@@ -27,9 +27,10 @@ PAGE = 32  # one tile of 8-bit keys; larger pages gain less than 5 % of a decode
 
 
 def backend(reason: str) -> Backend:
-    """The record of the TPU that is here."""
-    device = jax.devices("tpu")[0]
-    return record(reason, (device,), _free_memory(device), chip_of(device.device_kind))
+    """The record of the TPUs that are here."""
+    device = jax.local_devices(backend="tpu")[0]
+    chip = chip_of(device.device_kind)
+    return record(reason, tuple(jax.devices("tpu")), _free_memory(device), chip)
 
 
 def record(
@@ -43,13 +44,14 @@ def record(
         name="tpu",
         reason=reason,
         devices=devices,
-        attend=tpu.attend,
+        attend=partial(tpu.attend, **tpu.chip(chip.name if chip else "")),
         init_cache=init_cache,
         page_bytes=tpu.page_bytes,
         linear=plain.linear,
         grouped_linear=plain.grouped_linear,
         layers=layers,
         stacked=True,
+        whole_steps=True,
         stack_format=partial(stack_format, chip.stack_rows if chip else 0),
         row_buckets=lambda most: doubling(min(8, most), most),
         token_buckets=lambda most: doubling(min(128, most), most),
@@ -139,9 +141,7 @@ def cut(stack: Any, i: jax.Array) -> Any:
 
 def why_not(config: Any) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
-    kind = config.kv_cache_dtype
-    if kind == "auto":
-        kind = "bfloat16" if config.dtype == "auto" else config.dtype
+    kind = cache_dtype(config, "bfloat16")
     if "float16" in (config.dtype, kind):
         return "a TPU has no float16 arithmetic; use bfloat16 as `dtype` and `kv_cache_dtype`"
     least = tpu.smallest_page(jnp.dtype(kind))

@@ -33,6 +33,7 @@ from octavo.bench.tpu_compile import (
 
 KINDS = {"bfloat16": (16, 128), "float8_e4m3fn": (32, 128), "int8": (32,)}
 TOKENS = 2048
+LONGEST = 16384  # tokens that a row may have
 GROWTH = 1.03
 HEADS = (32, 8, 128)  # H, K, D
 Numbers = dict[str, int]
@@ -50,7 +51,7 @@ def arguments(page: int, kind: str, heads: tuple[int, int, int] = HEADS) -> tupl
         return jax.ShapeDtypeStruct(shape, dtype)
 
     H, K, D = heads
-    rows, C, M = 16, 8, 128
+    rows, C, M = 16, 8, LONGEST // page
     N = rows + 512
     shapes: dict[str, tuple[int, ...]] = dict(table=(rows, M), row_start=(rows,), row_count=(rows,))
     shapes |= {f"chunk_{name}": (C,) for name in ("slot", "start", "count", "offset")}
@@ -76,13 +77,13 @@ def measure(
     layout = Layout(K, H // K, D)
 
     def step(*given: Any) -> Any:
-        return tpu.attend(*given, window=0, scale=D**-0.5, softcap=0.0)
+        return tpu.attend(*given, window=0, scale=D**-0.5, softcap=0.0, **tpu.chip(chip))
 
     compile_for(chip, step, arguments(page, kind, heads), donate=3)
     decode, prefill, write = (
         Schedule(dump, f"tpu_{name}") for name in ("decode", "prefill", "write")
     )
-    walked = SLOTS * chunk_tokens(layout, page, kind)
+    walked = SLOTS * chunk_tokens(layout, page, kind, LONGEST)
     size = TOKENS * layout.tiles * layout.width * jnp.dtype(kind).itemsize
     return {
         "decode": round(decode.hot_path(decode.loops()[-1]) * TOKENS / walked),

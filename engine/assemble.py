@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from octavo.backends.record import Backend
+from octavo.backends.record import CACHE_DTYPES, Backend
 from octavo.backends.select import select
 from octavo.engine.config import ConfigError, EngineConfig, devices_of
 from octavo.engine.grammar.vocabulary import Vocabulary
@@ -61,20 +61,24 @@ def assemble(
     config: EngineConfig,
     progress: Progress | None = None,
     decided: Callable[[Backend, Resolved], None] | None = None,
+    agree: Callable[[Backend], Backend] | None = None,
 ) -> Parts:
     """Open the checkpoint, decide every size, load the weights.
 
-    `decided` is called between the last two: from there on everything can be compiled.
+    `decided` is called between the last two: from there on everything can be compiled. `agree`
+    changes the backend to one that every host can go along with.
     """
-    backend = select(config.device, devices_of(config.mesh))
+    hosts = int(config.hosts)
+    backend = select(config.device, devices_of(config.mesh) // hosts)
+    if agree is not None:
+        backend = agree(backend)
     with refusals(), closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
         if decided is not None:
             decided(backend, resolved)
         began = time.perf_counter()
-        params = load_weights(
-            config, checkpoint, place_of(backend, resolved), resolved.dtype, progress
-        )
+        place = place_of(backend, resolved)
+        params = load_weights(config, checkpoint, place, resolved.dtype, progress)
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
     return Parts(backend, resolved, params, eos, time.perf_counter() - began, vocabulary)
@@ -98,12 +102,16 @@ def load_weights(
         return random_params(
             model, config.seed, dtype, put=place.put_weight, stack_format=place.stack_format
         )
+    _check_scales(config, checkpoint)
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
 
-        if place.send is None and place.mesh is None:
-            return load(checkpoint.path, place.abstract_params(dtype))
-        return load_over(place, checkpoint.path, dtype)
+        if place.mesh is not None:
+            return load_over(place, checkpoint.path, dtype)
+        params = load(checkpoint.path, model.abstract_params(dtype))
+        if place.put_here is jax.device_put:
+            return params
+        return jax.tree.map(lambda leaf: place.put_here(np.asarray(leaf)), params)
     report = None
     if progress is not None:
 
@@ -121,6 +129,21 @@ def load_weights(
     )
 
 
+def _check_scales(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """An int8 cache is of no use without scales; one of 8-bit floats has a range of its own."""
+    kind = config.kv_cache_dtype
+    if checkpoint.format == "orbax" and kind in CACHE_DTYPES:
+        raise ConfigError(
+            f"`kv_cache_dtype={kind}`: a folder saved in its final layout keeps no scales of keys "
+            "and values; load the original checkpoint"
+        )
+    if kind == "int8" and not any(name.endswith(".k_scale") for name in checkpoint.names()):
+        raise ConfigError(
+            "`kv_cache_dtype=int8` needs tensors `k_scale` and `v_scale` in every layer, and the "
+            "checkpoint has none; use fp8, or a checkpoint calibrated for a cache of 8 bits"
+        )
+
+
 def load_over(place: Placement, folder: Any, dtype: Any) -> Any:
     """The parameters of an orbax folder, each part read to its device."""
     from octavo.models.sources.orbax import load
@@ -132,12 +155,8 @@ def load_over(place: Placement, folder: Any, dtype: Any) -> Any:
             f"as {model.shards.count} shards of this model need",
             "use the original checkpoint, or fewer shards",
         )
-    params = load(folder, replace(place.abstract_params(dtype), rank=None))
-    if place.send is not None:
-        tensors = replace(model.tensors, rank=None)
-        params = jax.tree.map(lambda a, t: place.put_weight(np.asarray(a), t), params, tensors)
-    if model.tensors.rank is None:
-        return params
+    places = place.abstract(model.abstract_params(dtype), place.params)
+    params = load(folder, replace(places, rank=None))
     return replace(params, rank=place.put_weight(ranks(model), model.tensors.rank))
 
 
@@ -169,17 +188,7 @@ def end_tokens(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
 
 def place_of(backend: Backend, resolved: Resolved) -> Placement:
     """Where the arrays of an engine lie."""
-    return Placement(resolved.mesh, resolved.model, backend.stack_format, backend.put)
-
-
-def abstract_weights(backend: Backend, resolved: Resolved, where: Any = None) -> Any:
-    """The parameters' shapes, and how they lie where that matters.
-
-    where: their sharding, where there is no mesh; the backend's first device without.
-    """
-    if where is None and resolved.mesh is None and backend.stacked:
-        where = jax.sharding.SingleDeviceSharding(backend.devices[0])
-    return place_of(backend, resolved).abstract_params(resolved.dtype, where)
+    return Placement(resolved.mesh, resolved.model, None, backend.stack_format, backend.put)
 
 
 def cache_maker(backend: Backend, resolved: Resolved) -> Callable[[], Any]:

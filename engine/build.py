@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from octavo.backends.record import Backend
-from octavo.engine.assemble import Progress, abstract_weights, cache_maker, limits_of
+from octavo.engine.assemble import Progress, cache_maker, limits_of
 from octavo.engine.config import EngineConfig
 from octavo.engine.memory import Resolved
 from octavo.engine.programs import Programs
@@ -46,8 +46,8 @@ class Build:
             folder = cache_folder(config.compilation_cache)
             programs = Programs(machine, limits_of(config, resolved), config.max_logprobs, folder)
             params = self._params
-            if params is None or backend.put is not None:  # those say what one core has of them
-                params = abstract_weights(backend, resolved)
+            if params is None or backend.cores:  # of cores, those are what one of them has
+                params = model.abstract_params(resolved.dtype)
             make = cache_maker(backend, resolved)
             programs.compile(params, make, self._progress, stop=self._stop)
             self.seconds = time.perf_counter() - began

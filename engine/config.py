@@ -61,8 +61,9 @@ class EngineConfig:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "of cached keys and values; auto is dtype",
-        ("auto", "float32", "bfloat16", "float16"),
+        "of cached keys and values; auto is dtype; fp8 and int8 take the checkpoint's k_scale and "
+        "v_scale, which int8 needs",
+        ("auto", "float32", "bfloat16", "float16", "fp8", "int8"),
     )
     max_model_len: int | str = option(
         "auto", "longest sequence, prompt and output; auto takes the longest that fits"
@@ -73,6 +74,11 @@ class EngineConfig:
     )
     seed: int = option(0, "seed of requests that bring none")
     mesh: str = option("", "devices, as in data=1,model=8")
+    hosts: int | str = option(
+        1, "hosts that run the model together, each with this command; auto asks their launcher"
+    )
+    host_index: int = option(-1, "which of the hosts this is; 0 is the leader, -1 looks it up")
+    leader: str = option("", "address:port of the leader, the same on every host")
     device: str = option(
         "auto", "which hardware to run on", ("auto", "cpu", "gpu", "tpu", "neuron")
     )
@@ -158,6 +164,10 @@ class EngineConfig:
                 "0 takes the backend's default; 16, 32, 64 and 128 are usual",
             )
         parse_mesh(self.mesh)
+        if self.hosts != "auto" and (isinstance(self.hosts, str) or self.hosts < 1):
+            raise ConfigError(
+                f"`hosts` must be `auto` or at least 1, got {self.hosts!r}", "the default is 1"
+            )
 
 
 # name, lowest, highest: None is no bound.
@@ -170,6 +180,7 @@ _RANGES: tuple[tuple[str, int, int | None], ...] = (
     ("max_logprobs", -1, None),
     ("max_num_queued_reqs", 1, None),
     ("seed", 0, 2**64 - 1),
+    ("host_index", -1, None),
 )
 
 

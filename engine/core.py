@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from octavo.backends.record import Backend
 from octavo.engine.assemble import Parts, Progress, assemble, limits_of
 from octavo.engine.build import Build
-from octavo.engine.config import EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.device import Device
 from octavo.engine.grammar.compiler import Compiler
 from octavo.engine.harvest import Harvest, harvest, retire
 from octavo.engine.host import Host, Launch
 from octavo.engine.intake import Intake
+from octavo.engine.link import Leader
 from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats, View
 from octavo.engine.planning import check_workspace
 from octavo.engine.reader import Reader
@@ -27,6 +29,7 @@ from octavo.engine.resident import resident_bytes
 from octavo.engine.scheduler import schedule, stop
 from octavo.engine.sequence import Phase, Sequence
 from octavo.engine.several import extend
+from octavo.engine.team import agreed, digest
 from octavo.engine.view import forget_hits, take_view
 
 STATS_EVERY = 0.25  # seconds between two Stats in the outputs
@@ -43,14 +46,20 @@ class EngineCore:
         *,
         parts: Parts | None = None,
         progress: Progress | None = None,
+        leader: Leader | None = None,
     ) -> None:
-        """Load, compile, and be ready. `parts` replaces the checkpoint of the config (benches)."""
+        """Load, compile, and be ready. `parts` replaces the checkpoint of the config (benches).
+
+        leader: the line to the other hosts, where the config has several.
+        """
         began = time.perf_counter()
-        self.config = config
+        self.config, self.leader = config, leader
+        if leader is None and config.hosts != 1:
+            raise ConfigError("several hosts need a server", "`octavo serve` takes --hosts")
         if parts is None:
             build = Build(config, progress)
             with build.stopped_by_errors():
-                parts = assemble(config, progress, build.begin)
+                parts = assemble(config, progress, build.begin, self._agree)
         else:
             build = Build(config, progress, parts.params)
             build.begin(parts.backend, parts.resolved)
@@ -62,15 +71,21 @@ class EngineCore:
         self.grammars = Compiler(parts.vocabulary)
         self.grammars.warm()  # while the programs compile, which leaves the interpreter free
         self.intake = Intake(self.resolved, self.eos_token_ids, config.max_num_queued_reqs)
-        self.device = Device(parts, self.limits, self.reader, build)
+        tell = leader.order if leader is not None else None
+        self.device = Device(parts, self.limits, self.reader, build, tell)
         self.memory = check_workspace(self.resolved, self.device.programs.workspace())
-        self.recovery = Recovery()
+        self.recovery = Recovery(alone=leader is None)
+        if leader is not None:
+            leader.built(digest(self.resolved))
         self.load_seconds = parts.load_seconds
         self.startup_seconds = time.perf_counter() - began
         self._starts: list[Start] = []
         self._refused: list[Finish] = []
         self._told = self._looked = 0.0
         self._host_seconds = 0.0
+
+    def _agree(self, backend: Backend) -> Backend:
+        return backend if self.leader is None else agreed(self.leader.agree, backend)
 
     # --- requests
 
@@ -189,11 +204,11 @@ class EngineCore:
                 assert not host.live, "nothing runs and nothing can start"
             return None
         self._note_starts(launch)
-        passed = self.device.begin(launch)
+        self.device.begin(launch)
         if launch.masked:  # every token so far must be known, while the forward pass runs
             while self.host.flights:
-                outputs += self._harvest_program(busy=passed is not None)
-        self.device.finish(launch, passed, self.host)
+                outputs += self._harvest_program(busy=bool(launch.rows))
+        self.device.finish(launch, self.host)
         self.host.flights.append(launch.flight)
         self.host.flights.extend(launch.followers)
         for sequence, why in self.device.masks.take_stuck():
@@ -283,6 +298,9 @@ class EngineCore:
             iterations=counters.iterations,
             iteration_tokens=counters.iteration_tokens,
             resident_bytes=resident_bytes(),
+            hosts=int(self.config.hosts),
+            orders=self.leader.orders if self.leader is not None else 0,
+            order_bytes=self.leader.order_bytes if self.leader is not None else 0,
         )
 
     def view(self) -> View:

@@ -1,28 +1,24 @@
-"""The device side of the run loop: dispatches launches, and holds the state between steps."""
+"""The device side of the run loop: dispatches launches as orders, and reads what they leave."""
 
-import logging
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from octavo.engine.assemble import Parts
 from octavo.engine.build import Build
 from octavo.engine.compiles import WATCH
+from octavo.engine.dispatch import Dispatcher, Results
 from octavo.engine.harvest import Rows
 from octavo.engine.host import Flight, Host, Launch, Limits
-from octavo.engine.job import forward_key
 from octavo.engine.masks import Masks
+from octavo.engine.orders import FORWARD, GREEDY, MASKED, RICH, SAMPLE, SEVERAL, Order
 from octavo.engine.plan import CHUNKS, Packer
 from octavo.engine.reader import Reader
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
-logger = logging.getLogger(__name__)
 
-
-class Device:
-    """Params, state and programs. `state` is the newest generation, whatever is in flight."""
+class Device(Dispatcher):
+    """The leader's dispatcher: makes orders of launches, and reads what they leave."""
 
     def __init__(
         self,
@@ -30,19 +26,17 @@ class Device:
         limits: Limits,
         reader: Reader,
         build: Build,
+        tell: Callable[[Order], None] | None = None,
     ) -> None:
+        """`tell` sends every order to the other hosts, before it runs here."""
+        super().__init__(parts.params, build.programs())
         self.limits = limits
         self.reader = reader
-        self.params = parts.params
-        self.head = parts.resolved.model.head(parts.params)
-        self._close = parts.backend.close
         self.packer = Packer(limits.dims)
         self.masks = Masks(limits.dims.vocab)
-        self.programs = build.programs()
         self.compile_seconds = build.seconds
-        with WATCH.building():
-            self.state = self.programs.empty()
-            jax.block_until_ready(self.state)
+        self._tell = tell
+        self._step = 0
         self._compiled = WATCH.unexpected
 
     @property
@@ -50,51 +44,46 @@ class Device:
         """Programs that were compiled while somebody waited for an answer."""
         return WATCH.unexpected - self._compiled
 
-    def begin(self, launch: Launch) -> Any:
-        """Edit the state and dispatch the forward pass."""
-        vector = None
-        if launch.tokens or launch.draft.edits():
-            vector = self.programs.placement.put(self.packer.pack(launch.draft)[None])
-        if launch.draft.edits():
-            slots, pages = self.programs.edit(self.state.slots, self.state.pages, vector)
-            self.state = replace(self.state, slots=slots, pages=pages)
-        if not launch.rows:
-            return None
-        if launch.followers:
-            several = self.programs.several[launch.rows, launch.greedy]
-            self.state, *launch.flight.result = several(self.params, self.state)
-            return None
-        key = forward_key(launch.rows, launch.tokens, launch.context)
-        arguments = (vector,) if launch.tokens else ()
-        self.state, passed, taken = self.programs.forward[key](self.params, self.state, *arguments)
-        launch.flight.result = (taken,)
-        return passed
+    def _order(self, order: Order) -> Results:
+        if self._tell is not None:  # first: a program may wait for the other hosts
+            self._step += 1
+            order.step = self._step
+            self._tell(order)
+        return self.run(order)
 
-    def finish(self, launch: Launch, passed: Any, host: Host) -> None:
-        """Dispatch sampling, and start the copies to the host."""
+    def begin(self, launch: Launch) -> None:
+        """Edit the state and dispatch the forward pass, and sampling where it needs no more."""
+        edits, flight = launch.draft.edits(), launch.flight
+        order = Order(0, rows=launch.rows, tokens=launch.tokens, context=launch.context, edit=edits)
+        if launch.tokens or edits:
+            order.plan = self.packer.pack(launch.draft).tobytes()
+        if launch.rows:
+            order.forward = SEVERAL if launch.followers else FORWARD
+            if not _waits(launch):
+                order.sampling = GREEDY if launch.greedy else SAMPLE
+        done = self._order(order)
+        if launch.rows:
+            flight.result = (done.packed, done.taken)
+
+    def finish(self, launch: Launch, host: Host) -> None:
+        """Dispatch what `begin` could not, and start the copies to the host."""
         flight = launch.flight
-        if passed is not None:
+        if launch.rows and _waits(launch):
+            order = Order(0, rows=launch.rows, tokens=launch.tokens)
             if launch.scored:
-                targets = self.programs.placement.put(self._targets(host, flight)[None])
-                named = self.programs.placement.put(named_of_chunks(flight)[None])
-                score = self.programs.score[launch.tokens]
-                flight.scores = score(self.head, passed.chunk_hidden, targets, named)
-            passed = replace(passed, chunk_hidden=None)
-            arguments = (self.head, self.state.slots, passed)
+                order.scored = True
+                order.targets = self._targets(host, flight).tobytes()
+                order.named_chunks = named_of_chunks(flight).tobytes()
             if launch.rich or launch.masked:
-                mask = self.programs.placement.put(self.masks.build(host, flight)[None])
-            if launch.rich:
-                named = self.programs.placement.put(named_of_rows(flight)[None])
-                rich = self.programs.rich[launch.rows]
-                slots, packed, flight.rich = rich(*arguments, mask, named)
-            elif launch.masked:
-                slots, packed = self.programs.masked[launch.rows](*arguments, mask)
+                order.sampling = RICH if launch.rich else MASKED
+                order.mask = self.masks.build(host, flight).tobytes()
             else:
-                choices = self.programs.greedy if launch.greedy else self.programs.sample
-                sample = choices[launch.rows]
-                slots, packed = sample(*arguments)
-            self.state = replace(self.state, slots=slots)
-            flight.result = (packed, *flight.result)
+                order.sampling = GREEDY if launch.greedy else SAMPLE
+            if launch.rich:
+                order.named_rows = named_of_rows(flight).tobytes()
+            done = self._order(order)
+            flight.result = (done.packed, flight.result[1])
+            flight.rich, flight.scores = done.rich, done.scores
         self.reader.expect((flight.result, flight.rich, flight.scores))
 
     def _targets(self, host: Host, flight: Flight) -> np.ndarray:
@@ -132,17 +121,12 @@ class Device:
 
     def rebuild(self) -> None:
         """An empty state in place of one that a failed step took with it."""
-        self.state = None
-        self.state = self.programs.empty()
+        self._order(Order(0, empty=True))
 
-    def close(self) -> None:
-        """Free the device memory now, not when the collector comes around."""
-        for leaf in jax.tree.leaves((self.state, self.params)):
-            if not leaf.is_deleted():
-                leaf.delete()
-        self.state = self.params = self.head = None
-        self.programs = None  # type: ignore[assignment]
-        self._close()
+
+def _waits(launch: Launch) -> bool:
+    """Whether sampling needs what the host builds while the forward pass runs."""
+    return launch.rich or launch.masked or launch.scored
 
 
 def named_of_rows(flight: Flight) -> np.ndarray:

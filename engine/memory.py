@@ -4,12 +4,12 @@
 refuses with the numbers and the settings that would make it fit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 
-from octavo.backends.record import Backend
+from octavo.backends.record import Backend, cache_dtype
 from octavo.engine.config import ConfigError, EngineConfig, parse_mesh
 from octavo.engine.mesh import make_mesh, shards_of
 from octavo.engine.plan import CHUNKS, plan_size
@@ -106,22 +106,19 @@ def resolve(
     """Decide every size. `model` replaces the one that `facts` would build (benches)."""
     if why := backend.why_not(config):
         raise ConfigError(why)
-    sizes = parse_mesh(config.mesh)
-    if unserved := [axis for axis in ("data", "stage") if sizes.get(axis, 1) > 1]:
-        raise ConfigError(
-            f"`mesh={config.mesh}` cuts `{unserved[0]}`, which no engine can do yet; "
-            "use `model` (and `expert` for a model with experts)"
-        )
-    mesh = make_mesh(sizes, backend.devices, backend.cores)
+    mesh = make_mesh(sizes := _axes(config), backend.devices, backend.cores)
     dtype = jnp.dtype(backend.dtype if config.dtype == "auto" else config.dtype)
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
+    kv_dtype = jnp.dtype(cache_dtype(config, backend.dtype))
+    facts = replace(facts, kv_scales=kv_dtype.itemsize == 1)
     seqs = config.max_num_seqs or backend.max_num_seqs
     page = config.page_size or backend.page_size
     longest = _longest(config, facts)
     budget = config.max_num_batched_tokens or backend.max_num_batched_tokens
     whole = 1 << (longest - 1).bit_length()
     budget = min(budget, whole * (1 if config.max_num_batched_tokens else min(seqs, PROMPTS)))
-    limit = backend.memory_limit() // (mesh.size if mesh and backend.shared_memory else 1)
+    limit = backend.memory_limit() // (
+        len(mesh.local_devices) if mesh and backend.shared_memory else 1
+    )
     while True:
         built = model or build(facts, longest, shards_of(sizes), stacked=backend.stacked)
         weights = param_bytes(built, dtype)
@@ -169,6 +166,17 @@ def resolve(
         chunks=backend.most_chunks or CHUNKS,
         context_buckets=backend.context_buckets(dims.pages_per_slot),
     )
+
+
+def _axes(config: EngineConfig) -> dict[str, int]:
+    """The sizes of the mesh that is asked for."""
+    sizes = parse_mesh(config.mesh)
+    if unserved := [axis for axis in ("data", "stage") if sizes.get(axis, 1) > 1]:
+        raise ConfigError(
+            f"`mesh={config.mesh}` cuts `{unserved[0]}`, which no engine can do yet; "
+            "use `model` (and `expert` for a model with experts)"
+        )
+    return sizes
 
 
 def _rows(backend: Backend, seqs: int, weights: int) -> tuple[tuple[int, ...], int]:

@@ -22,10 +22,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from octavo.engine.config import ConfigError
 from octavo.engine.state import EngineState
-from octavo.models.load import StackFormat, where_it_lies
 from octavo.models.registry import Model
 from octavo.models.shards import SPLIT, Shards, placed
-from octavo.models.tensors import Tensor, array_shape
+from octavo.models.tensors import Tensor, flat_shape
 
 AXES = ("data", *SPLIT)
 ROWS = PartitionSpec("data")  # what belongs to slots: plans, tables, results
@@ -59,23 +58,21 @@ def make_mesh(
     return Mesh(np.array(devices[:count]).reshape(shape), AXES)
 
 
-# send(array, axis): an array to cores that are no devices of jax, cut along axis; None: all of it
-Send = Callable[[np.ndarray, int | None], Any]
-
-
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where a model's arrays lie; the mesh may be None, which is jax's first device."""
+    """Where a model's arrays lie; the mesh may be None, which is one device."""
 
     mesh: Any
     model: Model
-    stack_format: StackFormat = where_it_lies  # Backend.stack_format
-    send: Send | None = None  # Backend.put
+    here: Any = None  # without a mesh: the device's sharding where programs must name it
+    # Backend.stack_format: how weights of stacked layers lie there
+    stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
+    put_here: Callable[..., Any] = jax.device_put  # Backend.put, without a mesh of devices
 
     @cached_property
     def params(self) -> Any:
         """The tree of PartitionSpecs of the parameters."""
-        return jax.tree.map(lambda t: PartitionSpec(*placed(t)), self.model.tensors)
+        return jax.tree.map(lambda t: PartitionSpec(*placed(t.axes, t.flat)), self.model.tensors)
 
     @cached_property
     def head(self) -> Any:
@@ -90,11 +87,9 @@ class Placement:
 
     def abstract(self, tree: Any, specs: Any) -> Any:
         """The ShapeDtypeStructs of `tree`, with the places of `specs` (a prefix of it)."""
-        if self.mesh is None or isinstance(self.mesh, AbstractMesh):
-            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
         def part(spec: PartitionSpec, below: Any) -> Any:
-            place = NamedSharding(self.mesh, spec)
+            place = self._sharding(spec)
             return jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), below
             )
@@ -102,40 +97,67 @@ class Placement:
         leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
         return jax.tree.map(part, specs, tree, is_leaf=leaf)
 
+    def abstract_weights(self, params: Any) -> Any:
+        """The ShapeDtypeStructs of the parameters, in their places and formats."""
+
+        def leaf(t: Tensor, a: Any, spec: PartitionSpec) -> Any:
+            place = self._sharding(spec)
+            if t.axes.startswith("L ") and place is not None:
+                place = self.stack_format(len(a.shape), place)
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+
+        return jax.tree.map(leaf, self.model.tensors, params, self.params)
+
+    def _sharding(self, spec: PartitionSpec) -> Any:
+        alone = self.mesh is None or self.cores
+        return self.here if alone else NamedSharding(self.mesh, spec)
+
+    @property
+    def cores(self) -> bool:
+        """Whether the mesh is of cores that are no devices of jax."""
+        return isinstance(self.mesh, AbstractMesh)
+
     def put(self, array: np.ndarray) -> jax.Array:
         """Something that belongs to slots, with its leading data axis."""
-        if self.send is not None:
-            return self.send(array, None)
-        if self.mesh is None:
-            return jax.device_put(array)
-        return jax.device_put(array, NamedSharding(self.mesh, ROWS))
+        if self.mesh is None or self.cores:
+            return self.put_here(array)
+        return self._put(array, ROWS)
 
-    def put_weight(self, array: np.ndarray, t: Tensor) -> jax.Array:
+    def put_weight(self, array: np.ndarray, tensor: Tensor) -> jax.Array:
         """A parameter: each device gets its part."""
-        if self.send is not None:
-            cut = [d for d, axes in enumerate(placed(t)) if self.mesh is not None and axes]
-            return self.send(array, cut[0] if cut else None)
         if self.mesh is None:
-            return jax.device_put(array)
-        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(*placed(t))))
+            return self.put_here(array.reshape(flat_shape(tensor, array.shape)))
+        if self.cores:
+            along = [d for d, axes in enumerate(placed(tensor.axes)) if axes]
+            return self.put_here(array, along[0] if along else None)
+        cut = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes)))
+        if not tensor.flat:
+            return self._put(array, cut.spec)
+        # Each device's part is made flat by itself: gate and up of its columns side by side.
+        parts = [
+            jax.device_put(part.reshape(flat_shape(tensor, part.shape)), device)
+            for device, index in cut.addressable_devices_indices_map(array.shape).items()
+            for part in [array[index]]
+        ]
+        place = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes, tensor.flat)))
+        shape = flat_shape(tensor, array.shape)
+        return jax.make_array_from_single_device_arrays(shape, place, parts)
 
-    def abstract_params(self, dtype: Any, where: Any = None) -> Any:
-        """The parameters' shapes, and how they lie where that matters.
-
-        where: their sharding, where there is no mesh; jax's own choice without.
-        """
-
-        def place(t: Tensor) -> Any:
-            own = where
-            if self.mesh is not None and not isinstance(self.mesh, AbstractMesh):
-                own = NamedSharding(self.mesh, PartitionSpec(*placed(t)))
-            if own is None or not t.axes.startswith("L "):
-                return own
-            return self.stack_format(len(array_shape(t, self.model.sizes)), own)
-
-        return self.model.abstract_params(dtype, place)
+    def _put(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
+        place = NamedSharding(self.mesh, spec)
+        if self.mesh.is_multi_process:  # device_put would ask the other hosts if theirs is equal
+            return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
+        return jax.device_put(array, place)
 
     @property
     def key(self) -> object:
         """What decides a program besides its function and shapes, for a name on disk."""
-        return None if self.mesh is None else tuple(self.mesh.shape.items())
+        if self.mesh is None:
+            return None
+        hosts = (jax.process_count(), jax.process_index()) if self.mesh.is_multi_process else ()
+        return (*self.mesh.shape.items(), *hosts)
+
+    @property
+    def shards(self) -> int:
+        """How often the leading axis of what belongs to slots is cut."""
+        return 1 if self.mesh is None else self.mesh.shape["data"]

@@ -4,7 +4,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from octavo.backends.select import select
-from octavo.engine.assemble import abstract_weights, cache_maker, limits_of, open_model
+from octavo.engine.assemble import cache_maker, limits_of, open_model
 from octavo.engine.build import cache_folder, use_cache
 from octavo.engine.config import ConfigError, EngineConfig, devices_of
 from octavo.engine.encoder_plan import EncoderMemory, plan_encoder
@@ -36,8 +36,7 @@ def plan_memory(config: EngineConfig) -> MemoryPlan | EncoderMemory:
         several_rows=resolved.several_rows[-1:],
     )
     programs = Programs(machine, limits, config.max_logprobs, folder)
-    weights = abstract_weights(backend, resolved)
-    programs.compile(weights, cache_maker(backend, resolved))
+    programs.compile(resolved.model.abstract_params(resolved.dtype), cache_maker(backend, resolved))
     return check_workspace(resolved, programs.workspace())
 
 

@@ -4,6 +4,7 @@
     forward (R, T)   the decode buckets of R with T = 0, and the prompt buckets of T at full R
     sample (R)       greedy, plain, and rich (masks and log probabilities)
     score (T)        log probabilities of prompt tokens
+    whole (R)        forward and sample in one, greedy and plain, where the backend wants that
     several (R)      a few steps of forward and sample, greedy and plain, for models so small that
                      the host is what a step waits for
 
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -24,35 +25,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from octavo.engine import step
+from octavo.engine import functions, step, thin
 from octavo.engine.compiles import WATCH
 from octavo.engine.grammar.guide import mask_words
 from octavo.engine.host import Limits
-from octavo.engine.job import Job, forward_key, shapes_of
 from octavo.engine.mesh import ROWS, STATE, Placement
 from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
-from octavo.engine.state import EngineState, empty_pages, empty_slots
 from octavo.engine.store import Store
+from octavo.engine.thin import Thin
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 
-def one_shard(tree: Any) -> Any:
-    """Drop the leading data axis of size 1."""
-    return jax.tree.map(lambda a: a.reshape(a.shape[1:]), tree)
+@dataclass
+class Job:
+    """A program to compile."""
 
+    name: str
+    place: Callable[[Any], None]  # where it goes
+    function: Any
+    arguments: tuple[Any, ...]  # abstract
+    donate: tuple[int, ...] = ()
+    tokens: int = 0  # that it runs
+    static: tuple[Any, ...] = ()  # what the function was made with, besides sizes and model
+    slots: tuple[str, ...] = ()  # the leaves of slots that it touches (thin.py); () is all
 
-def as_shard(tree: Any) -> Any:
-    """Add the leading data axis."""
-    return jax.tree.map(lambda a: a.reshape((1, *a.shape)), tree)
-
-
-def new_state(machine: step.Machine, init_kv: Callable[[], Any]) -> EngineState:
-    """An empty state, one data shard; traceable."""
-    dims = machine.dims
-    pages = tuple(empty_pages(dims, group) for group in dims.groups)
-    return as_shard(EngineState(slots=empty_slots(dims), pages=pages, kv=init_kv()))
+    @property
+    def details(self) -> tuple[Any, ...]:
+        """What decides the program besides the model, for a name on disk."""
+        return _shapes(self.arguments), self.donate, self.tokens, self.static
 
 
 @dataclass
@@ -72,11 +74,12 @@ class Programs:
     rich: dict[int, Any] = field(default_factory=dict)
     score: dict[int, Any] = field(default_factory=dict)
     several: dict[tuple[int, bool], Any] = field(default_factory=dict)  # by (R, greedy)
+    whole: dict[tuple[int, bool], Any] = field(default_factory=dict)  # likewise
     # By name: seconds to trace, which one thread does, and seconds of a thread to compile.
     builds: dict[str, tuple[float, float]] = field(default_factory=dict)
     found: int = 0  # programs that were kept from an earlier run
     made: dict[str, Any] = field(default_factory=dict)  # all of them by name
-    # Where the state lies on devices that are not here: what is compiled for them is kept, not run.
+    # A sharding of devices that are not here: what is compiled for them is kept, and not run.
     elsewhere: Any = None
 
     def contexts(self) -> tuple[int, ...]:
@@ -96,15 +99,17 @@ class Programs:
         stop: Event | None = None,
     ) -> None:
         """Compile everything. params: arrays or ShapeDtypeStructs. `stop` ends it unfinished."""
-        place, empty, state = self.placement, *self._empty(init_kv)
-        jobs = self._jobs(jax.tree.map(self._abstract, params), state, empty)
+        place = self.placement
+        state = self.empty_state(init_kv)
+        jobs, compiles = self.jobs(params, init_kv), self.machine.backend.compile
+        if compiles is None:  # jax's own programs
+            jobs = [_thin(job) for job in jobs]
         store = None
-        if self.folder is not None and self.machine.backend.compile is None:
+        if self.folder is not None and compiles is None:
             made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
-            mesh = () if place.key is None else (place.key,)
-            made_from = (*made_from, shapes_of(state), *mesh)
             devices = self.machine.backend.devices if self.elsewhere is not None else ()
-            store = Store(self.folder / "whole", *made_from, devices=devices)
+            mesh = () if place.key is None else (place.key,)
+            store = Store(self.folder / "whole", *made_from, _shapes(state), *mesh, devices=devices)
         done = 0
         with WATCH.building(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
@@ -126,7 +131,7 @@ class Programs:
                     program, seconds = self._build(job, store, threads).result()
                 self.found += job.name not in self.builds
                 self.builds[job.name] = (self.builds.get(job.name, (0.0, 0.0))[0], seconds)
-                job.place(program)
+                job.place(Thin(program, job.slots) if job.slots and compiles is None else program)
                 self.made[job.name] = program
                 done += 1
                 if progress is not None:
@@ -134,18 +139,16 @@ class Programs:
         if store is not None and self.found < len(jobs):
             store.prune()
 
-    def _build(self, job: Job, store: Store | None, threads: ThreadPoolExecutor) -> Any:
+    def _build(self, job: "Job", store: Store | None, threads: ThreadPoolExecutor) -> Any:
         """Trace here, compile and keep there: a future of (program, seconds)."""
         backend = self.machine.backend
         if backend.compile is not None:
             return threads.submit(_timed, backend.compile, job)
         began = time.perf_counter()
-        arguments, where = job.arguments, {}
-        if self.elsewhere is not None:
-            arguments = jax.tree.map(self._placed, arguments)
-            where = {} if arguments else {"out_shardings": self.elsewhere}
-        donate = job.donate if backend.donates else ()
-        lowered = jax.jit(job.function, donate_argnums=donate, **where).lower(*arguments)
+        # What has no argument would be compiled for the device that is here.
+        alone = self.elsewhere is not None and self.machine.mesh is None and not job.arguments
+        where = {"out_shardings": self.elsewhere} if alone else {}
+        lowered = jax.jit(job.function, donate_argnums=job.donate, **where).lower(*job.arguments)
         options = dict(backend.compiler_options(job.tokens))
         if backend.autotuning and store is not None:
             options[backend.autotuning] = str(store.subfolder("autotuning"))
@@ -159,46 +162,36 @@ class Programs:
 
         return threads.submit(work)
 
-    def jobs(self, params: Any, init_kv: Callable[[], Any]) -> list[Job]:
-        """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs."""
-        empty, state = self._empty(init_kv)
-        return self._jobs(jax.tree.map(self._abstract, params), state, empty)
-
-    def _empty(self, init_kv: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
-        """What makes the empty state, and that state, abstract."""
-        place = self.placement
-        empty = place.program(lambda: new_state(self.machine, init_kv), (), STATE)
-        state = place.abstract(jax.eval_shape(empty), STATE)
-        if self.machine.backend.compile is not None:  # every core makes its own
-            return lambda: new_state(self.machine, init_kv), state
-        return empty, state
-
     @cached_property
     def placement(self) -> Placement:
         """Where everything lies."""
-        return Placement(self.machine.mesh, self.machine.model, send=self.machine.backend.put)
+        backend, here = self.machine.backend, self.elsewhere
+        if here is None and backend.stacked:
+            here = jax.sharding.SingleDeviceSharding(backend.devices[0])
+        return Placement(
+            self.machine.mesh, self.machine.model, here, backend.stack_format, backend.put
+        )
 
     def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         """An abstract array that belongs to slots: one shard has `shape`."""
         data = 1 if self.machine.mesh is None else self.machine.mesh.shape["data"]
         return self.placement.abstract(jax.ShapeDtypeStruct((data, *shape), dtype), ROWS)
 
-    def _abstract(self, leaf: Any) -> jax.ShapeDtypeStruct:
-        if isinstance(leaf, jax.ShapeDtypeStruct):  # it may say where it lies
-            return leaf
-        meshed = self.machine.mesh is not None and self.placement.send is None
-        where = leaf.sharding if meshed else None
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    def _empty(self, init_kv: Callable[[], Any]) -> Callable[[], Any]:
+        """What makes an empty state."""
+        return self.placement.program(lambda: functions.new_state(self.machine, init_kv), (), STATE)
 
-    def _placed(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """The leaf on the devices that are not here."""
-        if leaf.sharding is not None:
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.elsewhere)
+    def empty_state(self, init_kv: Callable[[], Any]) -> Any:
+        """Its arrays, abstract."""
+        return self.placement.abstract(jax.eval_shape(self._empty(init_kv)), STATE)
 
-    def _jobs(self, params: Any, state: Any, empty: Callable[[], Any]) -> list[Job]:
-        """Everything to compile, the slowest first."""
+    def jobs(self, params: Any, init_kv: Callable[[], Any]) -> list[Job]:
+        """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs."""
         machine, dims, place = self.machine, self.machine.dims, self.placement
+        params, state = place.abstract_weights(params), self.empty_state(init_kv)
+        empty = self._empty(init_kv)
+        if place.cores:  # every core makes its own
+            empty = partial(functions.new_state, machine, init_kv)
         vector = self._rows(plan_size(dims))
         head = machine.model.head(params)
         edited = (state.slots, state.pages, vector)
@@ -206,7 +199,7 @@ class Programs:
             Job(
                 "edit",
                 self._set("edit"),
-                place.program(_edit(machine), (ROWS, ROWS, ROWS), ROWS),
+                place.program(functions.edit(machine), (ROWS, ROWS, ROWS), ROWS),
                 edited,
                 (0, 1),
             ),
@@ -216,24 +209,27 @@ class Programs:
         for rows, tokens in sorted(self.shapes(), reverse=True):
             ins: tuple[Any, ...] = (place.params, STATE, *([ROWS] if tokens else []))
             arguments = (params, state, vector) if tokens else (params, state)
+            slots = thin.CHUNKS if tokens else thin.ROWS
             for pages in self.contexts():
-                one = _forward(machine, rows, tokens, pages)
-                function = place.program(one, ins, (STATE, ROWS, ROWS))
+                forward = functions.forward(machine, rows, tokens, pages)
+                function = place.program(forward, ins, (STATE, ROWS, ROWS))
                 name = f"forward {rows} rows + {tokens} tokens"
                 name += f" of {pages} pages" if pages else ""
-                where = self._put(self.forward, forward_key(rows, tokens, pages))
-                jobs.append(Job(name, where, function, arguments, (1,), rows + tokens))
+                where = self._put(self.forward, functions.forward_key(rows, tokens, pages))
+                jobs.append(Job(name, where, function, arguments, (1,), rows + tokens, (), slots))
+        jobs += self._whole_jobs(params, state)
         for rows in self.limits.several_rows:
             for greedy in (True, False):
                 name = f"{'greedy' if greedy else 'plain'} steps of {rows} rows"
                 function = place.program(
-                    _several(machine, rows, self.limits.steps, greedy),
+                    functions.several(machine, rows, self.limits.steps, greedy),
                     (place.params, STATE),
                     (STATE, ROWS, ROWS),
                 )
                 where = self._put(self.several, (rows, greedy))
                 static = (self.limits.steps,)
-                jobs.append(Job(name, where, function, (params, state), (1,), rows, static))
+                slots = thin.GREEDY if greedy else thin.SAMPLE
+                jobs.append(Job(name, where, function, (params, state), (1,), rows, static, slots))
         for rows, tokens in self.shapes():
             passed = self._passed(params, rows, tokens)
             if tokens and tokens not in self.score:
@@ -242,7 +238,7 @@ class Programs:
                 named = self._rows(CHUNKS, MAX_LOGPROB_TOKEN_IDS)
                 most = (self._most_logprobs(),)
                 ins = (place.head, ROWS, ROWS, ROWS)
-                function = place.program(_score(machine, *most), ins, ROWS)
+                function = place.program(functions.score(machine, *most), ins, ROWS)
                 where = self._put(self.score, tokens)
                 scored = (head, hidden, targets, named)
                 jobs.append(
@@ -252,6 +248,29 @@ class Programs:
                 jobs += self._sample_jobs(head, state.slots, passed, rows)
         return jobs
 
+    def _whole_jobs(self, params: Any, state: Any) -> list[Job]:
+        """Decode steps that are one program, where a dispatch is what a step waits for."""
+        if not self.machine.backend.whole_steps:
+            return []
+        place = self.placement
+        ins = (place.params, STATE)
+        return [
+            Job(
+                f"{'greedy' if greedy else 'plain'} step of {rows} rows",
+                self._put(self.whole, (rows, greedy)),
+                place.program(
+                    functions.whole(self.machine, rows, greedy), ins, (STATE, ROWS, ROWS)
+                ),
+                (params, state),
+                (1,),
+                rows,
+                (),
+                thin.GREEDY if greedy else thin.SAMPLE,
+            )
+            for rows in self.limits.row_buckets
+            for greedy in (True, False)
+        ]
+
     def _sample_jobs(self, head: Any, slots: Any, passed: Any, rows: int) -> list[Job]:
         """Sampling sees the same rows whether or not there were chunk tokens beside them."""
         machine = self.machine
@@ -259,7 +278,7 @@ class Programs:
         mask = self._rows(rows, mask_words(machine.dims.vocab), dtype=jnp.uint32)
         named = self._rows(rows, MAX_LOGPROB_TOKEN_IDS)
         most = (self._most_logprobs(),)
-        rich = _rich(machine, *most)
+        rich = functions.rich(machine, *most)
         plain = (head, slots, rows_only)
         place = self.placement
 
@@ -275,11 +294,12 @@ class Programs:
                 (1,),
                 rows,
                 most,
+                thin.GREEDY if name == "greedy" else thin.SAMPLE,
             )
             for name, where, function, arguments in (
-                ("greedy", self.greedy, _greedy(machine), plain),
-                ("sample", self.sample, _sample(machine), plain),
-                ("masked", self.masked, _masked(machine), (*plain, mask)),
+                ("greedy", self.greedy, functions.greedy(machine), plain),
+                ("sample", self.sample, functions.sample(machine), plain),
+                ("masked", self.masked, functions.masked(machine), (*plain, mask)),
                 ("rich", self.rich, rich, (*plain, mask, named)),
             )
         ]
@@ -305,9 +325,15 @@ class Programs:
 
     def workspace(self) -> int:
         """The most temporary memory any program needs, in bytes."""
-        every = [p for name, p in self.made.items() if name != "empty"]
-        sizes = [p.memory_analysis() for p in every if hasattr(p, "memory_analysis")]
+        programs = [p for name, p in self.made.items() if name != "empty"]
+        sizes = [p.memory_analysis() for p in programs if hasattr(p, "memory_analysis")]
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    """Everything about a tree of abstract arrays that a program depends on."""
+    leaves, structure = jax.tree.flatten(tree)
+    return [(leaf.shape, str(leaf.dtype)) for leaf in leaves], str(structure)
 
 
 def _timed(work: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, float]:
@@ -315,78 +341,9 @@ def _timed(work: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any
     return work(*arguments, **named), time.perf_counter() - began
 
 
-def _edit(machine: step.Machine) -> Any:
-    def edit(slots: Any, pages: Any, vector: jax.Array) -> Any:
-        return as_shard(step.edit(machine, one_shard(slots), one_shard(pages), vector[0]))
-
-    return edit
-
-
-def _forward(machine: step.Machine, rows: int, tokens: int, context: int = 0) -> Any:
-    def forward(params: Any, state: Any, vector: jax.Array | None = None) -> Any:
-        plan = None if vector is None else vector[0]
-        sizes = {"rows": rows, "tokens": tokens, "context": context}
-        out = step.forward(machine, params, one_shard(state), plan, **sizes)
-        return as_shard(out)
-
-    return forward
-
-
-def _greedy(machine: step.Machine) -> Any:
-    def greedy(head: Any, slots: Any, passed: Any) -> Any:
-        after, packed, _ = step.sample(
-            machine, head, one_shard(slots), one_shard(passed), greedy=True
-        )
-        return as_shard((after, packed))
-
-    return greedy
-
-
-def _sample(machine: step.Machine) -> Any:
-    def sample(head: Any, slots: Any, passed: Any) -> Any:
-        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed))
-        return as_shard((after, packed))
-
-    return sample
-
-
-def _masked(machine: step.Machine) -> Any:
-    def masked(head: Any, slots: Any, passed: Any, mask: jax.Array) -> Any:
-        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed), mask[0])
-        return as_shard((after, packed))
-
-    return masked
-
-
-def _several(machine: step.Machine, rows: int, steps: int, greedy: bool) -> Any:
-    def several(params: Any, state: Any) -> Any:
-        """The state after, packed i32[steps, 4, R] and taken i32[steps, ...] of every step."""
-        head = machine.model.head(params)
-
-        def one(
-            state: EngineState, nothing: None
-        ) -> tuple[EngineState, tuple[jax.Array, jax.Array]]:
-            state, passed, taken = step.forward(machine, params, state, None, rows=rows, tokens=0)
-            slots, packed, _ = step.sample(machine, head, state.slots, passed, greedy=greedy)
-            return replace(state, slots=slots), (packed, taken)
-
-        after, (packed, taken) = jax.lax.scan(one, one_shard(state), length=steps)
-        return as_shard((after, packed, taken))
-
-    return several
-
-
-def _rich(machine: step.Machine, logprobs: int) -> Any:
-    def rich(head: Any, slots: Any, passed: Any, mask: jax.Array, named: jax.Array) -> Any:
-        rows = (one_shard(slots), one_shard(passed), mask[0], named[0])
-        return as_shard(step.sample(machine, head, *rows, logprobs=logprobs))
-
-    return rich
-
-
-def _score(machine: step.Machine, logprobs: int) -> Any:
-    def score(head: Any, hidden: jax.Array, targets: jax.Array, named: jax.Array) -> Any:
-        parts = (hidden[0], targets[0], named[0])
-        return as_shard(step.score(machine, head, *parts, logprobs=logprobs))
-
-    return score
+def _thin(job: Job) -> Job:
+    """The job with the state that it touches."""
+    if not job.slots:
+        return job
+    params, state, *more = job.arguments
+    return replace(job, arguments=(params, thin.lend(state, job.slots), *more))

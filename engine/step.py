@@ -74,7 +74,7 @@ def _ops(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | No
     backend = machine.backend
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, spec: AttentionSpec
+        q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, spec: AttentionSpec, **extra: Any
     ) -> tuple[jax.Array, Any]:
         return backend.attend(
             q,
@@ -85,6 +85,7 @@ def _ops(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | No
             window=spec.layer.window,
             scale=spec.scale,
             softcap=spec.softcap,
+            **extra,
         )
 
     return Ops(
@@ -92,8 +93,8 @@ def _ops(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | No
         linear=backend.linear,
         grouped_linear=backend.grouped_linear,
         layers=backend.layers,
-        dense_experts=backend.dense_experts,
         across=across,
+        dense_experts=backend.dense_experts,
     )
 
 
@@ -297,7 +298,8 @@ def sample(
     extra: tuple[jax.Array, ...] = ()
     if logprobs:
         branches = machine.backend.branches
-        ids, values, _, rank = top_logprobs(logits, token, logprobs, across, branches=branches)
+        best = top_logprobs(logits, token, logprobs, across, branches=branches)
+        ids, values, _, rank = best
         assert named is not None, "logprobs come with the tokens named by requests"
         extra = (ids, values, rank, named_logprobs(logits, named, across))
     return slots, packed, extra
@@ -385,8 +387,8 @@ def score(
     def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         rows, target, chunk = part
         logits = machine.model.logits(params, rows, _ops(machine, (), across))
-        most = top_logprobs(logits, target, logprobs, across, branches=branches)
-        return (*most, named_logprobs(logits, take(named, chunk), across))
+        best = top_logprobs(logits, target, logprobs, across, branches=branches)
+        return (*best, named_logprobs(logits, take(named, chunk), across))
 
     branches = machine.backend.branches
     target, chunk = targets.reshape(2, -1, block)

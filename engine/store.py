@@ -60,7 +60,7 @@ class Store:
         """`made_from`: whatever decides the programs besides the process's own surroundings; each
         must have a complete repr. `devices`: what they run on, all of this process without."""
         self.folder = folder
-        self._base = repr((_sources(), identity(devices), made_from))
+        self._base = repr((sources(), identity(devices), made_from))
 
     def _path(self, name: str, details: object) -> Path:
         digest = hashlib.sha256(repr((self._base, name, details)).encode()).hexdigest()
@@ -117,7 +117,7 @@ class Store:
 
 
 @cache
-def _sources() -> str:
+def sources() -> str:
     """One digest of the code that programs are traced from."""
     digest = hashlib.sha256()
     root = Path(octavo.__file__).parent

@@ -127,6 +127,7 @@ class ModelConfig:
     query_scale: float = 0.0  # multiplies q.k
     attention_softcap: float = 0.0
     final_softcap: float = 0.0
+    kv_scales: bool = False  # layers have scales of cached keys and values (an 8-bit cache)
     embed_scale: float = 1.0
     X: int = 0  # experts
     top_k: int = 0  # experts per token
@@ -196,7 +197,9 @@ def _experts(config: Mapping[str, Any]) -> int:
 
 
 def _refuse_quantized(config: Mapping[str, Any]) -> None:
-    if scheme := config.get("quantization_config"):
+    """Weights must be whole; a scheme of the cache alone brings only scales."""
+    scheme = config.get("quantization_config")
+    if scheme and not (scheme.get("kv_cache_scheme") and not scheme.get("config_groups")):
         method = scheme.get("quant_method", "unnamed")
         raise ModelConfigError(
             f"the checkpoint is quantized with {method!r}, which is not supported; "

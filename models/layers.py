@@ -36,6 +36,8 @@ class Attention:
     out: Linear  # [H * D, E]
     q_norm: jax.Array | None = None  # [D]
     k_norm: jax.Array | None = None  # [D]
+    sinks: jax.Array | None = None  # f32[H] a logit without a value
+    kv_scales: jax.Array | None = None  # f32[2, K] of the cache's keys and values
 
 
 @flax.struct.dataclass
@@ -67,7 +69,7 @@ class Fixed:
     local_rope: Rope | None
 
 
-NEVER = -1e30  # the logit of what only pads the vocabulary; finite, for those without infinities
+LEAST = -3e38  # less than every logit, for devices without infinities
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -115,7 +117,9 @@ def attention(
         k = rms_norm(k, w.k_norm, config.eps, offset)
     q, k = rotate(q, turn), rotate(k, turn)
     call = AttentionSpec(spec, scale=config.query_scale, softcap=config.attention_softcap)
-    y, kv = ops.attend(q, k, v, kv, call)
+    extra = {"sinks": w.sinks, "kv_scales": w.kv_scales}
+    extra = {name: given for name, given in extra.items() if given is not None}
+    y, kv = ops.attend(q, k, v, kv, call, **extra)
     return ops.closing(y.reshape(-1, config.H * config.D), w.out), kv
 
 
@@ -148,12 +152,14 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     N, k = x.shape[0], config.top_k
     routed = ops.linear(x, w.router).astype(jnp.float32)  # [N, X]
     if ops.dense_experts:
-        return _dense_moe(config, w, x, routed, ops)
+        y = _dense_moe(config, w, x, routed)
+        return y if ops.across is None else ops.across.total(y)
     chances = jax.nn.softmax(routed, axis=-1)
     share, expert = jax.lax.top_k(chances, k)  # [N, k]
     if config.norm_top_k:
         share = share / jnp.sum(share, axis=-1, keepdims=True)
-    X = config.X  # of this shard, whose experts come first in the order
+    X = w.gate_up.shape[0 if w.layer is None else 1]
+    # X are this shard's, which come first in the order.
     if X < chances.shape[1]:
         assert ops.across is not None
         expert = (expert - ops.across.expert_rank * X) % chances.shape[1]
@@ -161,22 +167,19 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     order = jnp.argsort(expert.reshape(-1))  # stable: sorted pair -> pair
     sizes = jnp.sum(expert.reshape(-1, 1) == jnp.arange(X), axis=0, dtype=jnp.int32)
     f = config.expert_F
-    first: tuple[jax.Array, ...] = ()
     if w.layer is None:
-        gate_up, down = w.gate_up.reshape(X, -1, 2 * f), w.down
+        first, gate_up, down = (), w.gate_up.reshape(X, -1, 2 * f), w.down
     else:  # the experts of all layers, one behind another
         first, gate_up, down = (w.layer * X,), _flat(w.gate_up), _flat(w.down)
-    both = ops.grouped_linear(x[order // k], gate_up, sizes, *first).reshape(-1, 2, f)
-    inner = ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1]
+    both = ops.grouped_linear(x[order // k], gate_up, sizes, *first)
+    inner = ACTIVATIONS[config.activation](both[:, :f]) * both[:, f:]
     y = ops.grouped_linear(inner, down, sizes, *first)  # [N * k, E], by expert
     y = y[jnp.argsort(order)].reshape(N, k, -1).astype(jnp.float32)  # by token
     y = jnp.sum(y * share[:, :, None], axis=1).astype(x.dtype)
     return y if ops.across is None else ops.across.total(y)
 
 
-def _dense_moe(
-    config: ModelConfig, w: Experts, x: jax.Array, routed: jax.Array, ops: Ops
-) -> jax.Array:
+def _dense_moe(config: ModelConfig, w: Experts, x: jax.Array, routed: jax.Array) -> jax.Array:
     """The same for the router's f32[N, X], with every expert for every token and no sort.
 
     A token's experts are found one after another; among equals the first, as top_k has it.
@@ -197,8 +200,7 @@ def _dense_moe(
         both = jnp.einsum("ne,ejf->njf", x, w.gate_up[expert])
         inner = ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1]
         out = out + (inner @ w.down[expert]).astype(jnp.float32) * share[:, expert, None]
-    out = out.astype(x.dtype)
-    return out if ops.across is None else ops.across.total(out)
+    return out.astype(x.dtype)
 
 
 def _flat(stack: jax.Array) -> jax.Array:
@@ -215,9 +217,9 @@ def logits(config: ModelConfig, params: Decoder, hidden: jax.Array, ops: Ops) ->
     out = jnp.einsum("re,ve->rv", hidden, head, preferred_element_type=jnp.float32)
     if config.final_softcap:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
-    if ops.across is not None:
+    if ops.across is not None and config.real_V % out.shape[1]:  # the last shard has padding
         V = out.shape[1]
-        out = jnp.where(jnp.arange(V) + ops.across.rank * V < config.real_V, out, NEVER)
+        out = jnp.where(jnp.arange(V) + ops.across.rank * V < config.real_V, out, LEAST)
     return out
 
 
@@ -229,6 +231,7 @@ def attention_tensors(config: ModelConfig, at: str, qk_norm: str = "") -> Attent
         out=tensors.linear("HD E", f"{at}o_proj", config.out_bias),
         q_norm=tensors.tensor("D", f"{at}q_norm.weight", init=qk_norm) if qk_norm else None,
         k_norm=tensors.tensor("D", f"{at}k_norm.weight", init=qk_norm) if qk_norm else None,
+        kv_scales=tensors.kv_scales(at) if config.kv_scales else None,
     )
 
 

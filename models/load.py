@@ -15,16 +15,23 @@ import numpy as np
 
 from octavo.models.layers import Decoder
 from octavo.models.registry import Model
-from octavo.models.shards import laid_out
-from octavo.models.tensors import Tensor, array_shape, fill, shape, unstack
+from octavo.models.tensors import Tensor, fill, flat_shape, shape, unstack
 
 Get = Callable[[str], np.ndarray]
-Put = Callable[[np.ndarray, Tensor], jax.Array]  # a parameter to its place
+Put = Callable[[np.ndarray, Tensor], jax.Array]  # a parameter, to its place
 Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
 StackFormat = Callable[[int, Any], Any]  # (axes, sharding) -> sharding or jax's Format
 
 # Tensors of some checkpoints that a decoder does not need: buffers, and the parts that see.
-HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
+HARMLESS_ENDINGS = (
+    "rotary_emb.inv_freq",
+    "self_attn.masked_bias",
+    "self_attn.bias",
+    "self_attn.k_scale",  # of a cache of 8 bits, where ours has more
+    "self_attn.v_scale",
+    "self_attn.q_scale",
+    "self_attn.prob_scale",
+)
 HARMLESS_BEGINNINGS = ("model.vision_tower.", "model.multi_modal_projector.")
 # An encoder's: what fills gaps in a text, buffers, and the pooler where no classifier reads it.
 BERT_EXTRAS = (
@@ -36,14 +43,14 @@ BERT_EXTRAS = (
 )
 
 
-def on_this_device(array: np.ndarray, tensor: Tensor) -> jax.Array:
-    """A parameter, where the model is whole and the device is jax's first."""
-    return jax.device_put(array)
-
-
 def where_it_lies(axes: int, sharding: Any) -> Any:
     """The StackFormat of most devices: as jax would."""
     return sharding
+
+
+def on_this_device(array: np.ndarray, tensor: Tensor) -> jax.Array:
+    """A parameter, where the model is whole and the device is jax's first."""
+    return jax.device_put(array.reshape(flat_shape(tensor, array.shape)))
 
 
 class LoadError(ValueError):
@@ -67,31 +74,36 @@ def load_params(
     """
     stored = {canonical_name(name): name for name in names}
     check_names(model, stored)
-    sizes, stored_sizes = model.sizes, model.config.sizes
+    sizes, known = model.sizes, model.config.sizes
     done, total = 0, param_bytes(model, dtype, sizes)
 
     def read(t: Tensor) -> np.ndarray:
         if t.init == "ranks":
             return ranks(model)
-        padded = t.axes.startswith("V") and sizes["V"] > stored_sizes["V"]
-        out = (np.zeros if padded else np.empty)(shape(t.axes, sizes), dtype)
+        padded = t.axes.startswith("V") and sizes["V"] > known["V"]
+        out = (np.zeros if padded else np.empty)(shape(t.axes, sizes), t.dtype or dtype)
         for piece in t.pieces:
-            array = get(stored[piece.name])
-            want = shape(piece.whole or piece.axes, stored_sizes)
+            want = shape(piece.whole or piece.axes, known)
+            if piece.default is None:
+                array = get(stored[piece.name])
+            else:
+                found = get(stored[piece.name]) if piece.name in stored else np.array(piece.default)
+                array = np.broadcast_to(found.reshape(-1), want) if found.size == 1 else found
+                array = array.reshape(want) if array.size == math.prod(want) else array
             if array.shape != want:
                 raise LoadError(
                     f"tensor {stored[piece.name]} has shape {list(array.shape)}, but config.json "
                     f"asks for {list(want)}; are the weights those of this config?"
                 )
-            fill(out, t, piece, array, sizes, stored_sizes)
-        return laid_out(out, t, model.shards)
+            fill(out, t, piece, array, sizes, known)
+        return out
 
     def make(t: Tensor) -> np.ndarray:
         nonlocal done
         array = read(t)
         done += array.nbytes
-        if progress is not None:
-            progress(t.pieces[0].name if t.pieces else t.init, done, total)
+        if progress is not None and t.pieces:
+            progress(t.pieces[0].name, done, total)
         return array
 
     return jax.tree.map(lambda t: _placed(t, make, put, stack_format), model.tensors)
@@ -145,6 +157,8 @@ def canonical_name(name: str) -> str:
     if name.startswith(BARE):
         return "model." + name
     name = name.removeprefix("bert.").removeprefix("roberta.")
+    for letter in "kv":  # some tools keep a cache's scales beside the projection
+        name = name.replace(f"self_attn.{letter}_proj.{letter}_scale", f"self_attn.{letter}_scale")
     if name.endswith(("LayerNorm.gamma", "LayerNorm.beta")):  # the first of all BERTs
         return name.replace(".gamma", ".weight").replace(".beta", ".bias")
     return name
@@ -153,12 +167,14 @@ def canonical_name(name: str) -> str:
 def check_names(model: Model, names: Iterable[str]) -> None:
     """Raise LoadError where the checkpoint and the model do not name the same tensors."""
     have = set(names)
-    want = {piece.name for t in jax.tree.leaves(model.tensors) for piece in t.pieces}
+    pieces = [piece for t in jax.tree.leaves(model.tensors) for piece in t.pieces]
+    may = {piece.name for piece in pieces if piece.default is not None}
+    want = {piece.name for piece in pieces} - may
     harmless = {"lm_head.weight"} if model.config.tied else set()
     extras = BERT_EXTRAS if model.config.family == "bert" else HARMLESS_BEGINNINGS
     left = {
         name
-        for name in have - want - harmless
+        for name in have - want - may - harmless
         if not name.endswith(HARMLESS_ENDINGS) and not name.startswith(extras)
     }
     if missing := want - have:
@@ -182,9 +198,11 @@ def ranks(model: Model) -> np.ndarray:
 
 def param_bytes(model: Model, dtype: Any, sizes: Mapping[str, int] | None = None) -> int:
     """Bytes of all parameters on one device; with `model.sizes` those of all shards."""
-    sizes = model.local.sizes | {"R": 1, "L": model.loops} if sizes is None else sizes
+    sizes = model.local_sizes if sizes is None else sizes
     leaves = jax.tree.leaves(model.tensors)
-    return sum(math.prod(shape(t.axes, sizes)) for t in leaves) * np.dtype(dtype).itemsize
+    return sum(
+        math.prod(shape(t.axes, sizes)) * np.dtype(t.dtype or dtype).itemsize for t in leaves
+    )
 
 
 def random_params(
@@ -205,9 +223,9 @@ def random_params(
     def make(t: Tensor) -> np.ndarray:
         if t.init == "ranks":
             return ranks(model)
-        dims = array_shape(t, sizes)
+        dims = shape(t.axes, sizes)
         if t.init != "normal":
-            return np.full(dims, 1.0 if t.init == "ones" else 0.0, dtype)
+            return np.full(dims, 1.0 if t.init == "ones" else 0.0, t.dtype or dtype)
         fan_in = _fan_in(t, dims)
         scaled = np.roll(block * fan_in**-0.5, random.integers(len(block))).astype(dtype)
         return np.resize(scaled, dims)

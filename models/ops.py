@@ -86,7 +86,9 @@ class Ops:
 
     attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, spec: AttentionSpec) -> ([N, H, D], cache)
         stores this layer's keys and values in its pages, then attends. Which pages and positions:
-        the step knows, the model does not. `cache` is one layer's cache, opaque here.
+        the step knows, the model does not. `cache` is one layer's cache, opaque here. A layer that
+        has them adds sinks=f32[H] (a logit of each head that has no value) and
+        kv_scales=f32[2, K] (what a stored key, a stored value is multiplied with).
     linear(x [N, in], Linear) -> [N, out...]
     grouped_linear(x [N, in], weight [X, in, out], sizes i32[X]) -> [N, out]
         rows of x are sorted by expert: the first sizes[0] rows meet weight[0], and so on; rows past
@@ -102,8 +104,8 @@ class Ops:
     linear: Callable[[jax.Array, Linear], jax.Array]
     grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
-    dense_experts: bool = False
     across: Across | None = None  # None: the model is whole
+    dense_experts: bool = False  # every expert meets every token
 
     def closing(self, x: jax.Array, w: Linear) -> jax.Array:
         """The projection that ends a block: its input may be one shard's part of the whole."""

@@ -3,8 +3,10 @@
 Some turn only a part of each head (`config.rope.partial`), the long ones by longrope.
 """
 
+from dataclasses import replace
+
 from octavo.models.config import ModelConfig
-from octavo.models.layers import Attention, Decoder, Mlp, decoder_tensors
+from octavo.models.layers import Attention, Decoder, Mlp, attention_tensors, decoder_tensors
 from octavo.models.llama import Layer, forward, layer_tensors
 from octavo.models.ops import Linear
 from octavo.models.tensors import ALL, Piece, linear, tensor
@@ -16,12 +18,12 @@ def tensors(config: ModelConfig) -> Decoder:
     """The parameter tree, with a Tensor for every array."""
 
     def layer(i: int, at: str) -> Layer:
-        return layer_tensors(at, _attention(at), _mlp(at))
+        return layer_tensors(at, _attention(config, at), _mlp(at))
 
     return decoder_tensors(config, layer)
 
 
-def _attention(at: str) -> Attention:
+def _attention(config: ModelConfig, at: str) -> Attention:
     """The stored rows are all queries, then all keys, then all values: K * J * D in all."""
     name, whole = f"{at}self_attn.qkv_proj.weight", "KJD E"
     weight = tensor(
@@ -30,7 +32,7 @@ def _attention(at: str) -> Attention:
         Piece(name, "KD E", (ALL, ALL, -2), whole=whole, after="KGD"),
         Piece(name, "KD E", (ALL, ALL, -1), whole=whole, after="KGD KD"),
     )
-    return Attention(qkv=Linear(weight), out=linear("HD E", f"{at}self_attn.o_proj"))
+    return replace(attention_tensors(config, at), qkv=Linear(weight))
 
 
 def _mlp(at: str) -> Mlp:

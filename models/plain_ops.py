@@ -41,22 +41,44 @@ def attend(
     v: jax.Array,
     cache: Layer,
     spec: AttentionSpec,
+    *,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
 ) -> tuple[jax.Array, Layer]:
     """Write k, v at their positions; each query sees those up to its own, and its window."""
-    keys, values = cache[0].at[positions].set(k), cache[1].at[positions].set(v)
     N, H, D = q.shape
-    K = keys.shape[1]
+    K = k.shape[1]
+    scales = jnp.ones((2, K, 1)) if kv_scales is None else kv_scales[:, :, None]
+    keys, values = (
+        old.at[positions].set(_stored(new, scale, old.dtype))
+        for old, new, scale in zip(cache, (k, v), scales, strict=True)
+    )
     grouped = q.reshape(N, K, H // K, D).astype(jnp.float32)
-    scores = jnp.einsum("nkgd,skd->nkgs", grouped, keys.astype(jnp.float32)) * spec.scale
+    read = keys.astype(jnp.float32) * scales[0]
+    scores = jnp.einsum("nkgd,skd->nkgs", grouped, read) * spec.scale
     if spec.softcap:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     at = jnp.arange(keys.shape[0])
     seen = (at <= positions[:, None]) | (not spec.causal)  # [N, S]
     if spec.layer.window:
         seen &= at > positions[:, None] - spec.layer.window
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("nkgs,skd->nkgd", weights, values.astype(jnp.float32))
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    if sinks is not None:
+        own = jnp.broadcast_to(sinks.reshape(K, H // K, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, own], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[0]]
+    out = jnp.einsum("nkgs,skd->nkgd", weights, values.astype(jnp.float32) * scales[1])
     return out.reshape(N, H, D).astype(q.dtype), (keys, values)
+
+
+def _stored(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """Keys or values as a cache of `dtype` keeps them: 8 bits saturate."""
+    x = x.astype(jnp.float32) / scale
+    if jnp.dtype(dtype).itemsize > 1:
+        return x.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.clip(jnp.round(x), -127, 127).astype(dtype)
+    return jnp.clip(x, -448, 448).astype(dtype)  # float8_e4m3fn's range
 
 
 def linear(x: jax.Array, w: Linear) -> jax.Array:

@@ -69,24 +69,27 @@ class Model:
         """The part of the parameters that `logits` reads."""
         return replace(params, layers=()) if isinstance(params, Decoder) else params
 
-    def abstract_params(self, dtype: Any, place: Callable[[Tensor], Any] | None = None) -> Any:
-        """The parameter tree with a ShapeDtypeStruct for every array; `place` gives shardings."""
+    def abstract_params(self, dtype: Any) -> Any:
+        """The parameter tree with a ShapeDtypeStruct for every array."""
         sizes = self.sizes
 
         def leaf(t: Tensor) -> jax.ShapeDtypeStruct:
-            sharding = None if place is None else place(t)
-            return jax.ShapeDtypeStruct(array_shape(t, sizes), t.dtype or dtype, sharding=sharding)
+            return jax.ShapeDtypeStruct(array_shape(t, sizes), t.dtype or dtype)
 
         return jax.tree.map(leaf, self.tensors)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The letters that shapes of parameters are written in; R shards, L layers of a stack."""
-        return self.whole.sizes | {"R": self.shards.count, "L": self.loops}
+        """The letters of the shapes of parameters; R shards, L layers of a stack."""
+        return self.whole.sizes | {"R": self.shards.count, "L": self._loops}
 
     @property
-    def loops(self) -> int:
-        """Whole periods of layers."""
+    def local_sizes(self) -> dict[str, int]:
+        """The same for what one shard has."""
+        return self.local.sizes | {"R": 1, "L": self._loops}
+
+    @property
+    def _loops(self) -> int:
         return len(self.layer_specs) // self.period
 
 
@@ -110,11 +113,11 @@ def build(
         local_rope=make_rope(slow, config.D, config.max_len, max_model_len) if slow else None,
     )
     tree = family.tensors(whole(checkpoint, shards))
-    if shards.count > 1:
-        tree = replace(tree, rank=tensor("R 2", init="ranks"))
     period = _period(specs, tree.layers)
     if stacked:
         tree = replace(tree, layers=_stacks(tree.layers, period))
+    if shards.count > 1:
+        tree = replace(tree, rank=tensor("R 2", init="ranks"))
     return Model(
         config=checkpoint,
         max_model_len=max_model_len,

@@ -13,13 +13,9 @@ The axes `expert` and `model` cut attention, dense layers and vocabulary togethe
 experts lie whole on `expert`, their width on `model`.
 """
 
-import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from octavo.models.config import ModelConfig, ModelConfigError
-from octavo.models.tensors import Tensor
 
 SPLIT = ("expert", "model")  # the axes of the mesh that cut one copy of a model
 
@@ -111,44 +107,18 @@ def copies(config: ModelConfig, shards: Shards) -> int:
     return whole(config, shards).K // config.K
 
 
-Cut = tuple[str, ...] | str | None  # the axes of the mesh that cut one dimension
+def placed(axes: str, flat: int = 0) -> tuple[tuple[str, ...] | str | None, ...]:
+    """The axes of the mesh that cut each dimension of a parameter; both as in tensors.py."""
+    if flat:
+        cuts = placed(axes)
+        return (*cuts[:-flat], next((cut for cut in cuts[-flat:] if cut), None))
+    words = axes.split()
+    if "E" in words[:2] and words[-1] == "X":  # the router: every shard chooses for every token
+        return (None,) * len(words)
+    return tuple(_cut(word) for word in words)
 
 
-def placed(t: Tensor) -> tuple[Cut, ...]:
-    """How the mesh cuts each dimension of a parameter's array."""
-    words = t.axes.split()
-    router = "E" in words and words[-1] == "X"  # every shard chooses for every token
-    cuts: list[Cut] = [None if router else _cut(word) for word in words]
-    if t.flat:
-        merged = next((cut for cut in cuts[-t.flat :] if cut), None)
-        cuts[-t.flat :] = [merged]
-    return tuple(cuts)
-
-
-def laid_out(array: np.ndarray, t: Tensor, shards: Shards) -> np.ndarray:
-    """A parameter with one dimension for each word of its axes, as its array.
-
-    Where words are one dimension there, each shard's part of them is one run of it.
-    """
-    if not t.flat:
-        return array
-    kept, merged = array.shape[: -t.flat], array.shape[-t.flat :]
-    for at, word in enumerate(t.axes.split()[-t.flat :]):
-        if ways := _ways(_cut(word), shards):
-            first = len(kept) + at
-            array = array.reshape(*array.shape[:first], ways, -1, *array.shape[first + 1 :])
-            array = np.moveaxis(array, first, len(kept))
-            break
-    return array.reshape(*kept, math.prod(merged))
-
-
-def _ways(cut: Cut, shards: Shards) -> int:
-    """Into how many parts; 0 for none."""
-    sizes = {SPLIT: shards.count, "expert": shards.expert, "model": shards.model}
-    return 0 if cut is None else sizes[cut]
-
-
-def _cut(word: str) -> Cut:
+def _cut(word: str) -> tuple[str, ...] | str | None:
     if word in ("K", "HD", "F", "V", "R"):
         return SPLIT
     return {"X": "expert", "f": "model"}.get(word)

@@ -33,6 +33,7 @@ class Piece:
     into: Index = ()  # part of the parameter; () is all of it
     whole: str = ""  # axes of the stored tensor, where the piece is only some of its rows
     after: str = ""  # axes of the rows before the piece, word by word
+    default: float | None = None  # where the checkpoint lacks it; one number then stands for all
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,15 @@ class Tensor:
     axes: str
     pieces: tuple[Piece, ...]
     init: str = "normal"  # random weights: normal, ones or zeros; ranks: no weight at all
-    flat: int = 0  # the last so many words are one dimension of the array
+    flat: int = 0  # the last so many words are one dimension of the array, on each shard by itself
+
+    kind: str = ""  # a dtype of its own, whatever the others have
 
     @property
     def dtype(self) -> Any:
         """The dtype that it has whatever weights have; None: theirs."""
-        return np.dtype(np.int32) if self.init == "ranks" else None
+        kind = "int32" if self.init == "ranks" else self.kind
+        return np.dtype(kind) if kind else None
 
 
 def flatten(t: Tensor, keep: int) -> Tensor:
@@ -55,10 +59,14 @@ def flatten(t: Tensor, keep: int) -> Tensor:
     return replace(t, flat=max(0, len(t.axes.split()) - keep))
 
 
+def flat_shape(t: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an array whose words have the lengths `dims`."""
+    return (*dims[: -t.flat], math.prod(dims[-t.flat :])) if t.flat else dims
+
+
 def array_shape(t: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of the parameter as models see it."""
-    dims = shape(t.axes, sizes)
-    return (*dims[: -t.flat], math.prod(dims[-t.flat :])) if t.flat else dims
+    return flat_shape(t, shape(t.axes, sizes))
 
 
 def stack(layers: Sequence[Tensor]) -> Tensor:
@@ -141,6 +149,13 @@ def tensor(axes: str, *pieces: Piece | str, init: str = "normal") -> Any:
     """A leaf; a bare name is a checkpoint tensor with our axes. (Any: it stands for an array.)"""
     made = tuple(Piece(p, axes) if isinstance(p, str) else p for p in pieces)
     return Tensor(axes, made, init)
+
+
+def kv_scales(at: str) -> Any:
+    """What an 8-bit cache's keys and values were divided by, one number a layer or one a head."""
+    names = (f"{at}k_scale", f"{at}v_scale")
+    pieces = tuple(Piece(name, "K", (i,), default=1.0) for i, name in enumerate(names))
+    return Tensor("2 K", pieces, "ones", kind="float32")
 
 
 def qkv(config: ModelConfig, at: str) -> Linear:

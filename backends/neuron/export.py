@@ -59,7 +59,7 @@ def name_leaves(roots: Sequence[str], trees: Sequence[Any]) -> list[tuple[str, A
 
 
 class Job(Protocol):
-    """A program of the step (`engine.job.Job` is one)."""
+    """A program of the step (`engine.programs.Job` is one)."""
 
     @property
     def name(self) -> str: ...

@@ -21,17 +21,15 @@ from octavo.backends.neuron.record import record
 from octavo.backends.neuron.settings import Settings
 from octavo.engine.assemble import (
     Progress,
-    abstract_weights,
     cache_maker,
     limits_of,
     open_model,
     refusals,
 )
 from octavo.engine.config import ConfigError, EngineConfig
-from octavo.engine.job import Job
 from octavo.engine.memory import Resolved, resolve, size
 from octavo.engine.prepare import readable
-from octavo.engine.programs import Programs
+from octavo.engine.programs import Job, Programs
 from octavo.engine.runner import choose_runner
 from octavo.engine.step import Machine
 from octavo.models.config import ModelConfig
@@ -231,7 +229,8 @@ def _jobs(target: targets.Target, resolved: Resolved) -> list[Job]:
     machine = Machine(resolved.dims, resolved.model, backend, resolved.mesh)
     config = resolved.config
     programs = Programs(machine, limits_of(config, resolved), config.max_logprobs)
-    return programs.jobs(abstract_weights(backend, resolved), cache_maker(backend, resolved))
+    params = resolved.model.abstract_params(resolved.dtype)
+    return programs.jobs(params, cache_maker(backend, resolved))
 
 
 def _checked(graph: Exported, target: targets.Target, folder: Path) -> Made:

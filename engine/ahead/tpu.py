@@ -1,6 +1,7 @@
 """Plan and compile for TPUs that are not here: from a config.json to programs and a report."""
 
 import json
+import math
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,6 @@ from octavo.backends.topology import chips_of, devices_of
 from octavo.engine.ahead.report import Program, Report
 from octavo.engine.assemble import (
     Progress,
-    abstract_weights,
     cache_maker,
     limits_of,
     open_model,
@@ -52,8 +52,9 @@ def plan(wanted: Wanted) -> Report:
     """What fits, by the sizes alone: nothing is compiled, and libtpu is not needed."""
     chip = CHIPS[wanted.chip]
     with refusals(), _backend_refusals():
-        chips_of(chip, wanted.topology)
-        resolved = _sizes(readable(wanted.config), _backend(chip, wanted.topology, ()))
+        count = math.prod(chips_of(chip, wanted.topology)) * chip.devices
+        config = _with_mesh(readable(wanted.config), count)
+        resolved = _sizes(config, _backend(chip, wanted.topology, (None,) * count))
     return Report(chip, wanted.topology, resolved)
 
 
@@ -63,20 +64,19 @@ def compile(wanted: Wanted) -> Report:
     assert wanted.output is not None
     with refusals(), _backend_refusals():
         devices = devices_of(chip, wanted.topology)
-        backend = _backend(chip, wanted.topology, devices[:1])
-        config = readable(wanted.config)
+        config = _with_mesh(readable(wanted.config), len(devices))
+        backend = _backend(chip, wanted.topology, devices)
         resolved = _sizes(config, backend)
         folder = _folder(wanted.output)
-    mesh = Mesh(np.array(devices[:1]), ("model",), axis_types=(AxisType.Auto,))
-    where = NamedSharding(mesh, jax.P())
+    mesh = resolved.mesh or Mesh(np.array(devices[:1]), ("model",), axis_types=(AxisType.Auto,))
     programs = Programs(
-        Machine(resolved.dims, resolved.model, backend),
+        Machine(resolved.dims, resolved.model, backend, resolved.mesh),
         limits_of(config, resolved),
         config.max_logprobs,
         folder,
-        elsewhere=where,
+        elsewhere=NamedSharding(mesh, jax.P()),
     )
-    weights = abstract_weights(backend, resolved, where)
+    weights = resolved.model.abstract_params(resolved.dtype)
     try:
         with jax.set_mesh(mesh):  # kernels ask it for the chip that they are lowered for
             programs.compile(weights, cache_maker(backend, resolved), wanted.progress)
@@ -105,7 +105,14 @@ class _Refusals:
             raise ConfigError(str(error)) from None
 
 
-def _backend(chip: Chip, topology: str, devices: tuple[jax.Device, ...]) -> Backend:
+def _with_mesh(config: EngineConfig, devices: int) -> EngineConfig:
+    """The settings with a mesh over all devices, unless they name one."""
+    if config.mesh or devices == 1:
+        return config
+    return replace(config, mesh=f"model={devices}")
+
+
+def _backend(chip: Chip, topology: str, devices: tuple[Any, ...]) -> Backend:
     reason = f"tpu: compiled for {chip.name}:{topology}, which is not here"
     return tpu.record(reason, devices, lambda: chip.memory, chip)
 

@@ -1,7 +1,9 @@
 """Ragged paged attention in plain jnp, by blocks of keys: what runs on a CPU.
 
 The definition is in reference.py. No token looks at its whole table: a block of about 128 keys is
-gathered at a time and folded into a running softmax (largest logit m, sum l, weighted values acc):
+gathered at a time and folded into a running softmax (largest logit m, sum l, weighted values acc),
+which begins with the sink where a head has one. Scales of keys and values go to the few queries
+and results instead:
 
     rows    all R decode rows together; the loop runs from the earliest block that any row's window
             still needs to the last block of the longest row
@@ -41,8 +43,11 @@ class Running(NamedTuple):
     total: jax.Array  # [..., A] sum of exp(logit - top)
 
     @staticmethod
-    def empty(shape: tuple[int, ...]) -> "Running":
-        return Running(jnp.zeros(shape), jnp.full(shape[:-1], MASKED), jnp.zeros(shape[:-1]))
+    def empty(shape: tuple[int, ...], sinks: jax.Array | None) -> "Running":
+        """No key yet. sinks [..., A], in any shape that broadcasts to this."""
+        if sinks is None:
+            return Running(jnp.zeros(shape), jnp.full(shape[:-1], MASKED), jnp.zeros(shape[:-1]))
+        return Running(jnp.zeros(shape), jnp.broadcast_to(sinks, shape[:-1]), jnp.ones(shape[:-1]))
 
     def fold(
         self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, softcap: float
@@ -115,28 +120,42 @@ def attend(
     window: int,
     scale: float,
     softcap: float,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
 ) -> tuple[jax.Array, KV]:
     """Write, then attend. q [N, H, D], k and v [N, K, D] -> [N, H, D] in the dtype of q.
 
     R and T come from the shapes: N = R * Q + T. Either may be 0.
     """
-    cache = write(cache, k, v, batch.dest)
+    cache = write(cache, k, v, batch.dest, kv_scales)
     pages = Pages.of(cache, batch.table)
     N, H, D = q.shape
     K = k.shape[1]
     grouped = q.astype(jnp.float32).reshape(N, K, H // K, D) * scale
+    if kv_scales is not None:
+        grouped *= kv_scales[0][:, None, None]
+    sinks = None if sinks is None else sinks.reshape(K, H // K)
     in_rows = batch.row_start.shape[0] * batch.tokens_per_row
     parts = []
     if in_rows:
-        parts.append(_rows(grouped[:in_rows], pages, batch, window, softcap))
+        parts.append(_rows(grouped[:in_rows], pages, batch, window, softcap, sinks))
     if in_rows < N:
-        parts.append(_chunks(grouped[in_rows:], pages, batch, window, softcap))
+        parts.append(_chunks(grouped[in_rows:], pages, batch, window, softcap, sinks))
     y = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    if kv_scales is not None:
+        y *= kv_scales[1][:, None, None]
     return y.reshape(N, H, D).astype(q.dtype), cache
 
 
-def _rows(q: jax.Array, pages: Pages, batch: RaggedBatch, window: int, softcap: float) -> jax.Array:
-    """Decode rows: q [R * Q, K, H / K, D] -> the same shape."""
+def _rows(
+    q: jax.Array,
+    pages: Pages,
+    batch: RaggedBatch,
+    window: int,
+    softcap: float,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """Decode rows: q [R * Q, K, H / K, D] -> the same shape; sinks [K, H / K]."""
     _, K, G, D = q.shape
     Q = batch.tokens_per_row
     R = batch.row_start.shape[0]
@@ -157,19 +176,26 @@ def _rows(q: jax.Array, pages: Pages, batch: RaggedBatch, window: int, softcap: 
         seen = _seen(position, i * pages.span + jnp.arange(pages.span), window)
         return running.fold(q, k, v, seen[:, None], softcap)
 
-    y = jax.lax.fori_loop(start, stop, block, Running.empty(q.shape)).result()
+    own = None if sinks is None else jnp.tile(sinks, (1, Q))
+    y = jax.lax.fori_loop(start, stop, block, Running.empty(q.shape, own)).result()
     return y.reshape(R, K, Q, G, D).swapaxes(1, 2).reshape(R * Q, K, G, D)
 
 
 def _chunks(
-    q: jax.Array, pages: Pages, batch: RaggedBatch, window: int, softcap: float
+    q: jax.Array,
+    pages: Pages,
+    batch: RaggedBatch,
+    window: int,
+    softcap: float,
+    sinks: jax.Array | None,
 ) -> jax.Array:
-    """Chunk tokens: q [T, K, H / K, D] -> the same shape."""
+    """Chunk tokens: q [T, K, H / K, D] -> the same shape; sinks [K, H / K]."""
     T, K, G, D = q.shape
     size = min(ROWS_PER_ITEM, T)
     q = jnp.pad(q, ((0, size), (0, 0), (0, 0), (0, 0)))
     items = (batch.chunk_count + (size - 1)) // size  # [C]
     C = items.shape[0]
+    own = None if sinks is None else jnp.tile(sinks, (1, size))
     end = jnp.tril(jnp.ones((C, C), jnp.int32)) @ items  # chunk c has items end[c-1] to end[c]
 
     def item(i: jax.Array, y: jax.Array) -> jax.Array:
@@ -192,7 +218,7 @@ def _chunks(
 
         start = jnp.maximum(first - (window - 1), 0) // pages.span if window else 0
         stop = (first + count - 1) // pages.span + 1
-        found = jax.lax.fori_loop(start, stop, block, Running.empty(rows.shape)).result()
+        found = jax.lax.fori_loop(start, stop, block, Running.empty(rows.shape, own)).result()
         found = found.reshape(K, size, G, D).swapaxes(0, 1)
         return jax.lax.dynamic_update_slice_in_dim(y, found, at, 0)
 

@@ -23,13 +23,17 @@ class Case:
     chunk_entries: int = 0  # C; raised to the number of chunks
     window: int = 0
     softcap: float = 0.0
+    sinks: bool = False
+    scaled: bool = False  # keys and values have scales
 
 
 Inputs = tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray, KV, RaggedBatch]
 
 
-def inputs(case: Case, seed: int = 0, dtype: str = "float32") -> Inputs:
+def inputs(case: Case, seed: int = 0, dtype: str = "float32", cache_dtype: str = "") -> Inputs:
     """q, k, v, a cache full of random numbers, and the batch, over a shuffled pool.
+
+    Numbers of a cache with scales (`extras`) use most of 8 bits.
 
     Each slot holds the pages up to its last token and no more; the rest of its table is 0.
     """
@@ -47,7 +51,22 @@ def inputs(case: Case, seed: int = 0, dtype: str = "float32") -> Inputs:
 
     pool = (len(case.rows) * case.pages_per_slot + 1, K, case.page_size, D)
     cache = KV(k=normal(*pool), v=normal(*pool))
+    if cache_dtype:
+        size = 30 if case.scaled else 1
+        cache = KV(*(jnp.clip(x * size, -127, 127).astype(cache_dtype) for x in (cache.k, cache.v)))
     return normal(N, H, D), normal(N, K, D), normal(N, K, D), cache, batch
+
+
+def extras(case: Case, seed: int = 0) -> dict[str, jnp.ndarray]:
+    """`sinks` and `kv_scales` of a case, where it has them; scales that use all of 8 bits."""
+    rng = np.random.default_rng(seed + 1)
+    H, K, _ = case.heads
+    found = {}
+    if case.sinks:
+        found["sinks"] = jnp.asarray(rng.normal(size=H) * 2, jnp.float32)
+    if case.scaled:
+        found["kv_scales"] = jnp.asarray(rng.uniform(0.02, 0.05, (2, K)), jnp.float32)
+    return found
 
 
 def _table(rng: np.random.Generator, lengths: list[int], case: Case) -> np.ndarray:

@@ -23,8 +23,17 @@ from octavo.pallas_kernels.attention.reference import KV
 STATIC = ("window", "scale", "softcap", "hopper", "interpret")
 
 
-def why_not(q: jax.Array, cache: KV, batch: RaggedBatch) -> str | None:
+def why_not(
+    q: jax.Array,
+    cache: KV,
+    batch: RaggedBatch,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+) -> str | None:
     """The reason these kernels refuse a step, or None if they take it."""
+    for name, given in (("sinks", sinks), ("scales of keys and values", kv_scales)):
+        if given is not None:
+            return f"these kernels know no {name}"
     return why_not_decode(q, cache.k, batch) or why_not_prefill(q, cache.k)
 
 
@@ -39,6 +48,8 @@ def attend(
     window: int,
     scale: float,
     softcap: float,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
     hopper: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, KV]:
@@ -46,7 +57,7 @@ def attend(
 
     `hopper`: the device is of that generation (compute capability 9.0).
     """
-    if refusal := why_not(q, cache, batch):
+    if refusal := why_not(q, cache, batch, sinks, kv_scales):
         raise ValueError(f"attention on this GPU cannot take this step: {refusal}")
     static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
     y, cache = decode(q, k, v, cache, batch, **static, interpret=interpret)

@@ -7,6 +7,10 @@ and then attends to the positions j of its own slot with
     y[t, h] = sum_j softmax_j(cap(scale * q[t, h] . k[j, h // (H / K)])) v[j, h // (H / K)]
     cap(x) = softcap * tanh(x / softcap)     (softcap 0: cap(x) = x)
 
+`sinks` f32[H]: the softmax of head h has one more logit, sinks[h], that has no value.
+`kv_scales` f32[2, K]: a key (row 0) or value (row 1) of head k is kept divided by its scale and
+multiplied with it where it is read. What 8 bits cannot hold is saturated.
+
     table [R, M]        one layer's cache, k and v alike [P, K, S, D]
     slot 0: 7 2 .       page 0  trash: padding writes here, nothing depends on it
     slot 1: 4 . .       page 2  positions S..2S-1 of slot 0, one [S, D] tile per KV head
@@ -42,11 +46,27 @@ def init_kv(
     return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
-def write(cache: KV, k: jax.Array, v: jax.Array, dest: jax.Array) -> KV:
+def stored(x: jax.Array, scales: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Keys or values x [N, K, D] as a cache of `dtype` keeps them; scales f32[K]."""
+    if scales is not None:
+        x = x.astype(jnp.float32) / scales[:, None]
+    if jnp.dtype(dtype).itemsize > 1:
+        return x.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.clip(jnp.round(x), -127, 127).astype(dtype)
+    most = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -most, most).astype(dtype)
+
+
+def write(
+    cache: KV, k: jax.Array, v: jax.Array, dest: jax.Array, kv_scales: jax.Array | None = None
+) -> KV:
     """Store k, v [N, K, D] at dest i32[N] = page * S + offset; in place where the cache is donated.
 
     Several tokens may share a place in the trash page only.
     """
+    scales = (None, None) if kv_scales is None else kv_scales
+    k, v = stored(k, scales[0], cache.k.dtype), stored(v, scales[1], cache.v.dtype)
     if dest.shape[0] == 1:
         # XLA turns a scatter of one token into updates that copy whole pools. So the token is
         # written to the trash page too, first.
@@ -56,7 +76,7 @@ def write(cache: KV, k: jax.Array, v: jax.Array, dest: jax.Array) -> KV:
     page, offset = dest >> (size.bit_length() - 1), dest & (size - 1)
 
     def put(pages: jax.Array, new: jax.Array) -> jax.Array:
-        return pages.at[page, :, offset].set(new.astype(pages.dtype), mode="promise_in_bounds")
+        return pages.at[page, :, offset].set(new, mode="promise_in_bounds")
 
     return KV(k=put(cache.k, k), v=put(cache.v, v))
 
@@ -71,19 +91,22 @@ def attend(
     window: int,
     scale: float,
     softcap: float,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
 ) -> tuple[jax.Array, KV]:
     """Write, then attend. q [N, H, D], k and v [N, K, D] -> [N, H, D] in the dtype of q."""
-    cache = write(cache, k, v, batch.dest)
+    cache = write(cache, k, v, batch.dest, kv_scales)
     N, H, D = q.shape
     K = k.shape[1]
     pages = batch.table[batch.slot]  # [N, M]
+    scales = jnp.ones((2, K)) if kv_scales is None else kv_scales
 
-    def gather(pool: jax.Array) -> jax.Array:
+    def gather(pool: jax.Array, scales: jax.Array) -> jax.Array:
         tiles = pool[pages].astype(jnp.float32)  # [N, M, K, S, D]
-        return tiles.swapaxes(1, 2).reshape(N, K, -1, D)
+        return tiles.swapaxes(1, 2).reshape(N, K, -1, D) * scales[:, None, None]
 
     grouped = q.astype(jnp.float32).reshape(N, K, H // K, D) * scale
-    logits = jnp.einsum("nkgd,nkjd->nkgj", grouped, gather(cache.k))
+    logits = jnp.einsum("nkgd,nkjd->nkgj", grouped, gather(cache.k, scales[0]))
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
     j = jnp.arange(logits.shape[-1])[None]
@@ -92,5 +115,10 @@ def attend(
     if window:
         seen &= j > position - window
     logits = jnp.where(seen[:, None, None], logits, MASKED)
-    y = jnp.einsum("nkgj,nkjd->nkgd", jax.nn.softmax(logits, axis=-1), gather(cache.v))
+    extra = 0 if sinks is None else 1
+    if sinks is not None:
+        own = jnp.broadcast_to(sinks.reshape(K, H // K, 1), (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, own], axis=-1)
+    weight = jax.nn.softmax(logits, axis=-1)[..., : logits.shape[-1] - extra]
+    y = jnp.einsum("nkgj,nkjd->nkgd", weight, gather(cache.v, scales[1]))
     return y.reshape(N, H, D).astype(q.dtype), cache

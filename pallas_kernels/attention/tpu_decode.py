@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from octavo.pallas_kernels.attention.tpu_layout import LANES, Layout
+from octavo.pallas_kernels.attention.tpu_layout import LANES, Layout, divide
 
 SLOTS = 4  # chunks in flight, one of them being attended to
 RING = 2 * SLOTS
@@ -34,17 +34,19 @@ RING = 2 * SLOTS
 # the row's length, whether the row begins with it, its pages.
 RANK, CHUNK, ROW, END, BEGINS, COUNT = range(6)
 MASKED = -1e30
+TOGETHER = 64  # tokens
 BUFFER = 4 << 20  # the most bytes of one of the buffers
 VMEM = 48 << 20  # v5p and tpu7x have 64 MiB a core
 LOG2E = 1.4426950408889634
 IDS = 128  # page ids that one copy brings: the least that SMEM copies take is 512 bytes
 
 
-def chunk_tokens(layout: Layout, page_size: int, dtype: jax.typing.DTypeLike) -> int:
-    """C tokens that are attended to at once: large enough to amortize, small for short rows."""
-    itemsize = jnp.dtype(dtype).itemsize
-    size = 512 if itemsize > 1 else 1024
-    while size > LANES and layout.tiles * size * layout.width * itemsize > BUFFER:
+def chunk_tokens(layout: Layout, page_size: int, dtype: jax.typing.DTypeLike, longest: int) -> int:
+    """C tokens that are attended to at once: many where they are small, so that the arithmetic of
+    one hides the latency of another; few where no row has more than `longest` tokens."""
+    token = layout.tiles * layout.width * jnp.dtype(dtype).itemsize
+    size = 2048 if token <= BUFFER // 4096 else 1024
+    while size > LANES and (size * token > BUFFER or size > max(512, longest // 4)):
         size //= 2
     return max(size, page_size)
 
@@ -99,14 +101,21 @@ class _Walk:
     tiles: int
     C: int  # tokens of a chunk
     S: int  # tokens of a page
-    rows: Any  # to visit
-    total: Any  # chunks
     layer: Any
+    begin: Any  # the first of the rows to visit that is this core's
+    rows: Any  # the end of this core's
+    total: Any  # chunks of this core's rows
 
     @property
     def per(self) -> int:
         """Pages of a chunk."""
         return self.C // self.S
+
+    @property
+    def together(self) -> int:
+        """Pages that are copied on one condition: small ones in fours, which costs less than the
+        conditions. What lies past a row's last page in its table is page 0, trash."""
+        return max(1, min(self.per, TOGETHER // self.S))
 
     @property
     def shift(self) -> int:
@@ -118,7 +127,8 @@ class _Walk:
 
     @property
     def small(self) -> bool:
-        return jnp.dtype(self.dtype).itemsize == 1
+        """The products are of 8 bits; else pages of 8 bits are widened first."""
+        return jnp.dtype(self.q.dtype).itemsize == 1
 
     def item(self, what: int, i: Any) -> Any:
         return self.ring[what, i & (RING - 1)]
@@ -126,7 +136,7 @@ class _Walk:
     def id_copy(self, i: Any, slot: int) -> Any:
         at = (self.item(CHUNK, i) * self.per) & -IDS
         source = self.table.at[self.item(ROW, i), pl.ds(pl.multiple_of(at, IDS), IDS)]
-        return pltpu.make_async_copy(source, self.ids.at[slot], self.id_sem.at[slot])
+        return pltpu.make_async_copy(source, self.ids[slot], self.id_sem.at[slot])
 
     def start_ids(self, i: Any, slot: int) -> None:
         """Place the cursor of item i and fetch its page ids; past the last item, any."""
@@ -136,7 +146,8 @@ class _Walk:
         n = jnp.where(over, n + 1, n)
         row = self.order[jnp.minimum(n, self.order.shape[0] - 1)]
         c, end = jnp.where(over, self.first[row], c), self.length[row]
-        left = jnp.minimum((end - c * self.C + self.S - 1) >> self.shift, self.per)
+        left = (end - c * self.C + self.S - 1) >> self.shift
+        left = jnp.minimum((left + self.together - 1) & -self.together, self.per)
         count = jnp.where(i < self.total, left, 0)
         kept = {RANK: n, CHUNK: c, ROW: row, END: end, BEGINS: over.astype(jnp.int32), COUNT: count}
         for what, value in kept.items():
@@ -146,13 +157,16 @@ class _Walk:
     def start_pages(self, i: Any, slot: int) -> None:
         self.id_copy(i, slot).wait()
         n, base = self.item(COUNT, i), (self.item(CHUNK, i) * self.per) & (IDS - 1)
-        for j in range(self.per):
+        for first in range(0, self.per, self.together):
+            group = range(first, first + self.together)
+            found = [self.ids[slot][base + j] for j in group]  # loads on a condition cost more
 
-            @pl.when(j < n)
-            def _(j: int = j) -> None:
-                page = self.pages.at[self.layer, self.ids[slot, base + j]]
-                into = self.buffers[slot].at[:, pl.ds(j * self.S, self.S)]
-                pltpu.make_async_copy(page, into, self.page_sem.at[slot]).start()
+            @pl.when(first < n)
+            def _(group: range = group, found: list[Any] = found) -> None:
+                for j, page_id in zip(group, found, strict=True):
+                    page = self.pages.at[self.layer].at[page_id]
+                    into = self.buffers[slot].at[:, pl.ds(j * self.S, self.S)]
+                    pltpu.make_async_copy(page, into, self.page_sem.at[slot]).start()
 
     def wait_pages(self, i: Any, slot: int) -> None:
         def wait(count: int) -> None:
@@ -165,7 +179,7 @@ class _Walk:
         @pl.when(n < self.per)
         def _() -> None:
             bit = self.per // 2
-            while bit:  # any number of pages in a few waits of static sizes
+            while bit >= self.together:  # any number of pages in a few waits of static sizes
                 pl.when((n & bit) != 0)(functools.partial(wait, bit))
                 bit //= 2
 
@@ -212,7 +226,7 @@ class _Walk:
 
 def _kernel(
     # SMEM
-    walk: Any,  # i32[3] rows to visit, chunks in all, the layer
+    walk: Any,  # i32[2 + 2 * cores] the layer, where each core's rows begin, their end, chunks
     order: Any,  # i32[R] the rows to visit
     first: Any,  # i32[R] the first chunk that a row sees
     length: Any,  # i32[R] tokens with the new one
@@ -222,6 +236,7 @@ def _kernel(
     q_hbm: Any,  # [R, units, rows or 2 rows, lanes]
     unit_hbm: Any,  # f32[R, units * rows, LANES] what a query row was divided by
     new_hbm: Any,  # [R, tiles, W]
+    sinks: Any,  # VMEM f32[units, rows, LANES]
     pages_in: Any,  # [L, P, tiles, S, W], aliased with `pages`
     out_hbm: Any,  # [R, units, rows, lanes]
     pages: Any,
@@ -231,18 +246,25 @@ def _kernel(
     S: int,
     window: int,
     softcap: float,
+    cores: int,
+    sunk: bool,
 ) -> None:
-    buffers, rest = scratch[:SLOTS], scratch[SLOTS:]
-    ids, ring, q, unit, new, out, m, norm, acc, sems = rest
+    buffers, ids, rest = scratch[:SLOTS], scratch[SLOTS : 2 * SLOTS], scratch[2 * SLOTS :]
+    ring, q, unit, new, out, m, norm, acc, sems = rest
     page_sem, id_sem, row_sem, out_sem, write_sem = (sems.at[kind] for kind in range(5))
     del pages_in
-    rows, total = walk[0], walk[1]
+    core = pl.program_id(0)
+    share = (walk[0], walk[1 + core], walk[2 + core], walk[2 + cores + core])
+    _, begin, rows, total = share
     smem = (order, first, length, dest)
     hbm = (table, q_hbm, unit_hbm, new_hbm, out_hbm, pages)
     here = (buffers, ids, ring, q, unit, new, out)
     sem = (page_sem.at[0], id_sem.at[0], row_sem, out_sem.at[0], write_sem.at[0])
-    w = _Walk(*smem, *hbm, *here, *sem, layout.tiles, C, S, rows, total, walk[2])
+    w = _Walk(*smem, *hbm, *here, *sem, layout.tiles, C, S, *share)
     per, dtype, small, R = w.per, w.dtype, w.small, layout.rows
+
+    def operand(slot: int, tiles: list[int]) -> jax.Array:
+        return jnp.concatenate([buffers[slot][t].astype(q.dtype) for t in tiles], axis=-1)
 
     def attend(i: Any, slot: int) -> None:
         side, start, end = w.item(RANK, i) & 1, w.item(CHUNK, i) * C, w.item(END, i)
@@ -252,7 +274,7 @@ def _kernel(
             seen &= j > end - 1 - window
         logits = []
         for u in range(layout.units):
-            k = jnp.concatenate([buffers[slot][t] for t in layout.key_tiles(u)], axis=-1)
+            k = operand(slot, layout.key_tiles(u))
             s = _dot(q[side, u], k, (1, 1))
             if small:
                 s = s[:R] + s[R:] * split(jnp.zeros(()), dtype)[2]
@@ -267,13 +289,13 @@ def _kernel(
             decay = jnp.exp2(before - peak)
             norm[u] = norm[u] * decay + jnp.sum(p, axis=-1, keepdims=True)
             m[u] = peak
-            v = jnp.concatenate([buffers[slot][t] for t in layout.value_tiles(u)], axis=-1)
+            v = operand(slot, layout.value_tiles(u))
             if small:
                 hi, lo, factor = split(p * most(dtype), dtype)
                 y = _dot(jnp.concatenate([hi, lo]), v, (1, 0))
                 y = y[:R] + y[R:] * factor
             else:
-                y = _dot(p.astype(dtype), v, (1, 0))
+                y = _dot(p.astype(q.dtype), v, (1, 0))
             acc[u] = acc[u] * decay[:, :1] + y
 
     def step(i: Any, slot: int) -> None:
@@ -289,8 +311,8 @@ def _kernel(
             for copy in w.row_copies(n):
                 copy.wait()
             w.start_row(n + 1)
-            m[...] = jnp.full_like(m, MASKED)
-            norm[...] = jnp.zeros_like(norm)
+            m[...] = sinks[...]
+            norm[...] = jnp.full_like(norm, float(sunk))
             acc[...] = jnp.zeros_like(acc)
 
         w.wait_pages(i, slot)
@@ -302,17 +324,17 @@ def _kernel(
 
         @pl.when(last)
         def _() -> None:
-            pl.when(n >= 2)(lambda: w.out_copy(n - 2).wait())
+            pl.when(n >= begin + 2)(lambda: w.out_copy(n - 2).wait())
             scale = 1 / most(dtype) if small else 1.0
             y = acc[...] * (scale / norm[...][..., :1])
             out[n & 1] = y.astype(out.dtype)
             w.out_copy(n).start()
 
-    # Before the first item, a cursor that the first step of the walk moves to row 0.
-    ring[RANK, RING - 1] = -1
+    # Before the first item, a cursor that the first step of the walk moves to the first row.
+    ring[RANK, RING - 1] = begin - 1
     ring[CHUNK, RING - 1] = -1
     ring[END, RING - 1] = 0
-    w.start_row(jnp.int32(0))
+    w.start_row(begin)
     for i in range(SLOTS):
         w.start_ids(jnp.int32(i), i)
 
@@ -347,15 +369,16 @@ def _kernel(
 
     for back in (2, 1):
 
-        @pl.when(rows >= back)
+        @pl.when(rows >= begin + back)
         def _(back: int = back) -> None:
             w.out_copy(rows - back).wait()
 
 
 def plan(
-    length: jax.Array, active: jax.Array, C: int, window: int
+    length: jax.Array, active: jax.Array, C: int, window: int, cores: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """walk i32[2], order i32[R], first i32[R]: the same for every layer of a group."""
+    """walk i32[1 + 2 * cores] but for the layer, order i32[R], first i32[R]: the same for every
+    layer of a group. Each core gets rows one behind another, about as many chunks as the others."""
     rank = jnp.cumsum(active.astype(jnp.int32)) - 1
     R = length.shape[0]
     order = (
@@ -365,12 +388,18 @@ def plan(
     )
     first = jnp.maximum(length - window, 0) // C if window else jnp.zeros_like(length)
     chunks = jnp.where(active, -(-length // C) - first, 0)
-    walk = jnp.stack([jnp.sum(active, dtype=jnp.int32), jnp.sum(chunks, dtype=jnp.int32)])
-    return walk, order, first
+    rows = jnp.sum(active, dtype=jnp.int32)
+    visited = jnp.where(jnp.arange(R) < rows, chunks[order], 0)
+    bounds = divide(visited, rows, cores)
+    before = jnp.append(0, jnp.cumsum(visited))[bounds]
+    return jnp.concatenate([bounds, before[1:] - before[:-1]]).astype(jnp.int32), order, first
 
 
 @functools.partial(
-    jax.jit, static_argnames=("layout", "window", "scale", "softcap", "chunk", "interpret")
+    jax.jit,
+    static_argnames=(
+        *("layout", "window", "scale", "softcap", "cores", "widen", "chunk", "interpret"),
+    ),
 )
 def decode(
     q: jax.Array,
@@ -387,6 +416,10 @@ def decode(
     window: int,
     scale: float,
     softcap: float,
+    sinks: jax.Array | None = None,
+    factor: jax.Array | None = None,
+    cores: int = 1,
+    widen: bool = False,
     chunk: int = 0,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -394,13 +427,15 @@ def decode(
 
     q [R, H, D], k and v [R, K, D], pages [L, P, tiles, S, W], layer i32[], table i32[R, M], length
     i32[R] with the new token, active bool[R], dest i32[R] = page * S + offset. Returns y [R, H, D],
-    zeros where a row is not active, and the pages.
+    zeros where a row is not active, and the pages. sinks f32[H]; factor f32[H] multiplies the
+    queries. `cores` share the rows. `widen`: pages of 8 bits become bfloat16 before they are used.
     """
     S, dtype = pages.shape[3], pages.dtype
-    C = max(S, chunk) if chunk else chunk_tokens(layout, S, dtype)
-    small = dtype.itemsize == 1
-    walk, order, first = plan(length, active, C, window)
-    scaled = q.astype(jnp.float32) * (scale * LOG2E)
+    C = max(S, chunk) if chunk else chunk_tokens(layout, S, dtype, table.shape[1] * S)
+    small = dtype.itemsize == 1 and not widen
+    walk, order, first = plan(length, active, C, window, cores)
+    by = scale * LOG2E if factor is None else (scale * LOG2E) * factor[:, None]
+    scaled = q.astype(jnp.float32) * by
     rows = layout.queries(scaled)
     unit = jnp.ones((q.shape[0], layout.units * layout.rows, LANES), jnp.float32)
     if small:
@@ -409,26 +444,32 @@ def decode(
         rows = jnp.concatenate([hi, lo], axis=2)
         unit = jnp.broadcast_to(size.reshape(size.shape[0], -1, 1), unit.shape)
     else:
-        rows = rows.astype(dtype)
+        rows = rows.astype(jnp.bfloat16 if widen else dtype)
     new = layout.new_rows(k, v).astype(dtype)
     ids = jnp.pad(table, [(0, 0), (0, -table.shape[1] % IDS)])
     hbm, smem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.SMEM)
     shape = (layout.units, layout.rows)
+    start = jnp.full((*shape, LANES), MASKED, jnp.float32)
+    if sinks is not None:
+        own = sinks.astype(jnp.float32).reshape(layout.units, -1, 1) * LOG2E
+        start = start.at[:, : own.shape[1]].set(own)
+    static: dict[str, Any] = dict(window=window, softcap=softcap, cores=cores)
     out, pages = pl.pallas_call(
-        functools.partial(_kernel, layout=layout, C=C, S=S, window=window, softcap=softcap),
+        functools.partial(_kernel, layout=layout, C=C, S=S, sunk=sinks is not None, **static),
         name="tpu_decode",
-        in_specs=[smem] * 5 + [hbm] * 5,
+        grid=(cores,),
+        in_specs=[smem] * 5 + [hbm] * 4 + [pl.BlockSpec(memory_space=pltpu.VMEM), hbm],
         out_specs=[hbm, hbm],
         out_shape=[
             jax.ShapeDtypeStruct((q.shape[0], *shape, layout.lanes), q.dtype),
             jax.ShapeDtypeStruct(pages.shape, dtype),
         ],
-        input_output_aliases={9: 1},
+        input_output_aliases={10: 1},
         scratch_shapes=[
             *[pltpu.VMEM((layout.tiles, C, layout.width), dtype)] * SLOTS,
-            pltpu.SMEM((SLOTS, IDS), jnp.int32),
+            *[pltpu.SMEM((IDS,), jnp.int32)] * SLOTS,
             pltpu.SMEM((6, RING), jnp.int32),
-            pltpu.VMEM((2, *rows.shape[1:]), dtype),
+            pltpu.VMEM((2, *rows.shape[1:]), rows.dtype),
             pltpu.VMEM((2, *unit.shape[1:]), jnp.float32),
             pltpu.VMEM((2, *new.shape[1:]), dtype),
             pltpu.VMEM((2, *shape, layout.lanes), q.dtype),
@@ -437,10 +478,12 @@ def decode(
             pltpu.VMEM((*shape, layout.lanes), jnp.float32),
             pltpu.SemaphoreType.DMA((5, 3, SLOTS)),
         ],
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=VMEM),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), disable_bounds_checks=True, vmem_limit_bytes=VMEM
+        ),
         interpret=interpret,
     )(
-        jnp.append(walk, layer),
+        jnp.append(layer, walk),
         order,
         first,
         length,
@@ -449,6 +492,7 @@ def decode(
         rows,
         unit,
         new,
+        start,
         pages,
     )
     return jnp.where(active[:, None, None], layout.heads(out), 0), pages

@@ -121,6 +121,18 @@ class Layout:
         return own.reshape(N, self.kv_heads * self.group, self.head_size)
 
 
+def divide(work: jax.Array, used: jax.Array, parts: int) -> jax.Array:
+    """Cut a list into runs of about the same work: i32[parts + 1], each run's first and the end.
+
+    work i32[n], 0 from item `used` i32[] on. An item is in the run where its middle lies.
+    """
+    upto = jnp.cumsum(work)
+    edges = 2 * upto[-1] * jnp.arange(parts, dtype=jnp.int32)[:, None]
+    behind = jnp.sum((2 * upto - work) * parts >= edges, axis=1)
+    begin = jnp.minimum(work.shape[0] - behind, used)
+    return jnp.append(begin, used).astype(jnp.int32)
+
+
 def init_kv(
     pages: int,
     page_size: int,

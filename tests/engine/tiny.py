@@ -201,7 +201,7 @@ class Reference:
     def __init__(self, parts: Parts) -> None:
         self.model: Model = parts.resolved.model
         self.params = parts.params
-        self.longest = parts.resolved.max_model_len
+        self.longest, self.kv_dtype = parts.resolved.max_model_len, parts.resolved.kv_dtype
         self.eos = parts.eos_token_ids
         self._generate = jax.jit(self._scan)
         self._forward = jax.jit(self._whole)
@@ -221,13 +221,13 @@ class Reference:
             following = jnp.where(position + 1 < n, prompt[position + 1], chosen[0])
             return (following, cache), following
 
-        cache = empty_cache(self.model, self.longest, jnp.float32)
+        cache = empty_cache(self.model, self.longest, self.kv_dtype)
         positions = jnp.arange(self.longest - 1, dtype=jnp.int32)
         return jax.lax.scan(one, (prompt[0], cache), positions)[1]
 
     def _whole(self, params: Any, tokens: jax.Array) -> jax.Array:
         positions = jnp.arange(self.longest, dtype=jnp.int32)
-        cache = empty_cache(self.model, self.longest, jnp.float32)
+        cache = empty_cache(self.model, self.longest, self.kv_dtype)
         ops = plain_ops(positions)
         hidden, _ = self.model.forward(params, tokens, positions, cache, ops)
         return self.model.logits(params, hidden, ops)

@@ -1,5 +1,6 @@
 """Weights find their places, or the sentence says which do not."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from octavo.models.config import ModelConfig
 from octavo.models.load import LoadError, load_params, param_bytes, random_params
+from octavo.models.ops import Stacks
 from octavo.models.plain_ops import empty_cache, plain_ops
 from octavo.models.registry import Model, build
 from tests.models.check import Sequence, prompt, torch_logits
@@ -133,3 +135,30 @@ def test_bfloat16_stays_close_to_float32() -> None:
     assert logits.dtype == jnp.float32
     error = float(np.sqrt(np.mean((np.asarray(logits) - want) ** 2)))
     assert error < 0.04 * want.std()
+
+
+def test_scales_of_the_cache_are_found_by_any_of_their_names() -> None:
+    theirs, _, tensors = setup()
+    config = ModelConfig.from_hf(
+        theirs.config.to_dict()
+        | {"architectures": ["LlamaForCausalLM"]}
+        | {"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}
+    )
+    at = "model.layers.{}.self_attn."
+    tensors[at.format(0) + "k_scale"] = np.float16(0.5) * np.ones((1,), np.float16)
+    tensors[at.format(0) + "v_proj.v_scale"] = np.array([[[2.0]], [[4.0]]], np.float32)
+    plain = load_params(build(config, 64), tensors.__getitem__, tensors, np.float32)
+    assert isinstance(plain.layers, tuple)
+    assert plain.layers[0].attention.kv_scales is None  # left alone by a cache of more bits
+    for stacked in (False, True):
+        model = build(replace(config, kv_scales=True), 64, stacked=stacked)
+        params = load_params(model, tensors.__getitem__, tensors, jnp.bfloat16)
+        layers = params.layers.each() if isinstance(params.layers, Stacks) else params.layers
+        first, second = (layer.attention.kv_scales for layer in layers)
+        assert first.dtype == np.float32
+        assert first.tolist() == [[0.5, 0.5], [2.0, 4.0]]
+        assert second.tolist() == [[1, 1], [1, 1]]
+        assert sum(x.nbytes for x in jax.tree.leaves(params)) == param_bytes(model, jnp.bfloat16)
+    tensors[at.format(1) + "k_scale"] = np.ones(3, np.float32)
+    with pytest.raises(LoadError, match=r"1.self_attn.k_scale has shape \[3\].*asks for \[2\]"):
+        load_params(model, tensors.__getitem__, tensors, np.float32)

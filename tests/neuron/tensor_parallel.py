@@ -24,8 +24,8 @@ from octavo.backends.select import select
 from octavo.engine.assemble import Parts, place_of
 from octavo.engine.config import EngineConfig
 from octavo.engine.core import EngineCore
-from octavo.engine.job import Job
 from octavo.engine.memory import resolve
+from octavo.engine.programs import Job
 from octavo.models.config import ModelConfig
 from octavo.models.load import load_params
 from octavo.models.registry import Model, build
@@ -62,7 +62,7 @@ def exported(ranks: int) -> Backend:
     return replace(
         there,
         compile=compile,
-        put=lambda array, axis: Ranks.put(array, axis, ranks),
+        put=lambda array, axis=None: Ranks.put(array, axis, ranks),
         memory_limit=select("cpu").memory_limit,
     )
 

@@ -23,8 +23,8 @@ from octavo.backends.select import select
 from octavo.engine.assemble import Parts, load_weights, open_model, place_of
 from octavo.engine.config import EngineConfig
 from octavo.engine.core import EngineCore
-from octavo.engine.job import Job
 from octavo.engine.memory import resolve
+from octavo.engine.programs import Job
 from octavo.models.config import ModelConfig
 from tests.e2e.golden import COMPLETION, need
 from tests.engine.tiny import GEMMA3, LLAMA, SIZES, Client, make_engine, make_parts, run_one

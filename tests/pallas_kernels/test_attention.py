@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from octavo.pallas_kernels.attention import blockwise, reference
-from octavo.pallas_kernels.attention.cases import Case, inputs
+from octavo.pallas_kernels.attention.cases import Case, extras, inputs
 
 # Both sides accumulate in float32, in another order; one bfloat16 ulp where the output is rounded.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
@@ -29,11 +29,12 @@ def settings(case: Case) -> dict[str, Any]:
     return dict(window=case.window, softcap=case.softcap, scale=case.heads[2] ** -0.5)
 
 
-def check(case: Case, dtype: str = "float32", seed: int = 0) -> None:
-    q, k, v, cache, batch = inputs(case, seed, dtype)
+def check(case: Case, dtype: str = "float32", seed: int = 0, cache_dtype: str = "") -> None:
+    q, k, v, cache, batch = inputs(case, seed, dtype, cache_dtype)
+    given: dict[str, Any] = dict(extras(case, seed))
     run = jax.jit(partial(blockwise.attend, **settings(case)))
-    want, want_cache = reference.attend(q, k, v, cache, batch, **settings(case))
-    got, got_cache = run(q, k, v, cache, batch)
+    want, want_cache = reference.attend(q, k, v, cache, batch, **settings(case), **given)
+    got, got_cache = run(q, k, v, cache, batch, **given)
     assert got.dtype == q.dtype
     assert np.isfinite(np.asarray(got, np.float32)).all()  # of padding and idle rows too
     real = np.asarray(batch.real)
@@ -87,6 +88,35 @@ def test_chunks_alone_and_an_empty_step_are_finite() -> None:
     check(Case(rows=((0, 0), (9, 0)), chunk_tokens=16, chunk_entries=2))
     check(Case(rows=((0, 0),)))
     check(Case(rows=((9, 0),), window=4))
+
+
+@pytest.mark.parametrize("kind", ["", "bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("case", [ROWS, MIXED], ids=["rows", "mixed"])
+def test_scales_and_sinks_mean_what_the_reference_says(case: Case, kind: str) -> None:
+    check(replace(case, scaled=True, sinks=True, softcap=20.0, window=40), cache_dtype=kind)
+
+
+def test_a_sink_as_heavy_as_all_keys_halves_what_is_attended_to() -> None:
+    case = replace(MIXED, window=7)
+    given = inputs(case)
+    plain, _ = reference.attend(*given, **settings(case))
+    none, _ = reference.attend(*given, **settings(case), sinks=jnp.full(4, -1e9))
+    np.testing.assert_allclose(none, plain, atol=1e-6)
+    q = jnp.zeros_like(given[0])  # every key weighs 1
+    position = given[-1].position
+    plain, _ = reference.attend(q, *given[1:], **settings(case))
+    half, _ = reference.attend(q, *given[1:], **settings(case), sinks=jnp.full(4, jnp.log(7.0)))
+    whole = np.asarray(given[-1].real & (position >= 6))
+    np.testing.assert_allclose(2 * half[whole], plain[whole], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, most", [("int8", 127), ("float8_e4m3fn", 448)])
+def test_8_bits_saturate(kind: str, most: float) -> None:
+    x = jnp.asarray([[[1000.0]], [[-1000.0]], [[3.0]]])
+    kept = reference.stored(x, None, kind).astype(jnp.float32)[:, 0, 0]
+    assert kept.tolist() == [most, -most, 3.0]
+    scaled = reference.stored(x, jnp.asarray([10.0]), kind).astype(jnp.float32)[:, 0, 0]
+    np.testing.assert_allclose(scaled, [100, -100, 0.3], atol=4)
 
 
 def random_case(rng: np.random.Generator) -> Case:

@@ -22,7 +22,16 @@ from octavo.pallas_kernels.attention.cases import Case
 from octavo.pallas_kernels.attention.tpu_layout import Layout
 
 RANDOM_STEPS = int(os.environ.get("TPU_RANDOM_STEPS", "3"))
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+
+def machine(cores: int = 1) -> pltpu.InterpretParams:
+    """A chip of so many cores, with memory that begins as NaN, that tells of races."""
+    return pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", num_cores_or_threads=cores
+    )
+
+
+STRICT = machine()
 # The queries, the probabilities and the result are rounded to bfloat16, or to two 8-bit parts.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "int8": 1e-2, "float8_e4m3fn": 2e-2}
 RACE = "RACE DETECTED"  # what the interpreter prints
@@ -46,21 +55,16 @@ def relative_error(got: jax.Array, want: jax.Array) -> float:
     return float(jnp.linalg.norm(got - want) / jnp.maximum(jnp.linalg.norm(want), 1e-9))
 
 
-def check(case: Case, kind: str, capfd: Any = None, seed: int = 0) -> None:
-    q, k, v, cache, batch = cases.inputs(case, seed, "float32")
-    scale = q.shape[-1] ** -0.5
-    if kind == "int8":  # the caller scales: 30 is one
-        k, v, cache = jax.tree.map(lambda x: jnp.round(x * 30).clip(-127, 127), (k, v, cache))
-        scale /= 30
-    cache = jax.tree.map(lambda x: x.astype(kind), cache)
-    k, v = (x.astype(kind).astype(jnp.float32) for x in (k, v))
+def check(case: Case, kind: str, capfd: Any = None, seed: int = 0, cores: int = 1) -> None:
+    case = replace(case, scaled=case.scaled or kind == "int8")
+    q, k, v, cache, batch = cases.inputs(case, seed, "float32", kind)
     q = q.astype(jnp.bfloat16)  # so that both sides begin with the same
     q = q if kind != "float32" else q.astype(jnp.float32)
-    static = dict(window=case.window, scale=scale, softcap=case.softcap)
+    static: dict[str, Any] = dict(window=case.window, softcap=case.softcap)
+    static |= dict(scale=q.shape[-1] ** -0.5) | cases.extras(case, seed)
     want, after = reference.attend(q, k, v, cache, batch, **static)
-    got, pages = tpu.attend(
-        q, k, v, tpu.TpuKV(packed(cache)), batch, **static, chunk=64, interpret=STRICT
-    )
+    ours: dict[str, Any] = dict(chunk=64, cores=cores, interpret=machine(cores))
+    got, pages = tpu.attend(q, k, v, tpu.TpuKV(packed(cache)), batch, **static, **ours)
     got.block_until_ready()
     real = batch.real
     assert relative_error(got[real], want[real]) < TOLERANCE[kind]
@@ -81,6 +85,10 @@ STEPS = {
         rows=IDLE[:1], chunks=((0, 20, 30),), chunk_tokens=32, chunk_entries=1, heads=(7, 1, 128)
     ),
     "mixed": Case(rows=MIXED, chunks=CHUNKS, chunk_tokens=64, heads=(8, 2, 64)),
+    "rows with sinks": Case(rows=ROWS[:4], heads=(8, 2, 128), sinks=True, softcap=9.0),
+    "chunks with sinks": Case(
+        rows=((63, 1), (0, 0)), chunks=((1, 9, 40),), heads=(4, 2, 64), sinks=True, window=20
+    ),
     "nothing": Case(rows=((0, 0), (9, 0)), chunk_tokens=16, chunk_entries=2),
 }
 
@@ -94,6 +102,13 @@ def test_matches_the_definition_without_races(name: str, capfd: Any) -> None:
 def test_8_bit_pages_lose_no_more_than_bfloat16(kind: str, capfd: Any) -> None:
     case = Case(rows=MIXED, chunks=CHUNKS[:1], heads=(4, 2, 128), page_size=32, pages_per_slot=4)
     check(case, kind, capfd)
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], MIXED], ids=["rows", "one", "mixed"])
+def test_two_cores_share_the_work(rows: Any, capfd: Any) -> None:
+    chunks = CHUNKS[:2] if rows is MIXED else ()
+    case = Case(rows=rows, chunks=chunks, heads=(4, 2, 128), pages_per_slot=8, sinks=True)
+    check(case, "bfloat16", capfd, cores=2)
 
 
 def test_long_prompts_take_several_blocks_and_buffers(capfd: Any) -> None:
