@@ -68,6 +68,9 @@ class Backend:
     linear: Callable[[jax.Array, Any], jax.Array]
     grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
+    # attend_packed(mixed [N, K, J, D], turn, norms, cache, batch, *, window, scale, softcap, eps,
+    # offset) -> (out, cache), or None where it refuses the step: norms and rotation are its own.
+    attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
     stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
 
     # stack_format(axes, sharding): how a stack of layers' weights of so many axes lies in memory

@@ -109,16 +109,21 @@ def attention(
     config = fixed.config
     mixed = whole(ops.linear(x, w.qkv), w.qkv)
     mixed = mixed.reshape(x.shape[0], config.K, -1, config.D)  # [N, K, J, D]
-    q = mixed[:, :, :-2].reshape(-1, config.H, config.D)
-    k, v = mixed[:, :, -2], mixed[:, :, -1]  # [N, K, D]
-    if w.q_norm is not None and w.k_norm is not None:
-        offset = norm_offset(config)
-        q = rms_norm(q, w.q_norm, config.eps, offset)
-        k = rms_norm(k, w.k_norm, config.eps, offset)
-    q, k = rotate(q, turn), rotate(k, turn)
     call = AttentionSpec(spec, scale=config.query_scale, softcap=config.attention_softcap)
     extra = {"sinks": w.sinks, "kv_scales": w.kv_scales}
     extra = {name: given for name, given in extra.items() if given is not None}
+    norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
+    offset = norm_offset(config)
+    packed = ops.attend_packed(mixed, turn, norms, kv, call, config.eps, offset, **extra)
+    if packed is not None:
+        y, kv = packed
+        return ops.closing(y.reshape(-1, config.H * config.D), w.out), kv
+    q = mixed[:, :, :-2].reshape(-1, config.H, config.D)
+    k, v = mixed[:, :, -2], mixed[:, :, -1]  # [N, K, D]
+    if norms is not None:
+        q = rms_norm(q, norms[0], config.eps, offset)
+        k = rms_norm(k, norms[1], config.eps, offset)
+    q, k = rotate(q, turn), rotate(k, turn)
     y, kv = ops.attend(q, k, v, kv, call, **extra)
     return ops.closing(y.reshape(-1, config.H * config.D), w.out), kv
 
