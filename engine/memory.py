@@ -106,7 +106,7 @@ def resolve(
     """Decide every size. `model` replaces the one that `facts` would build (benches)."""
     if why := backend.why_not(config):
         raise ConfigError(why)
-    mesh = make_mesh(sizes := _axes(config), backend.devices)
+    mesh = make_mesh(sizes := _axes(config), backend.devices, backend.cores)
     dtype = jnp.dtype(backend.dtype if config.dtype == "auto" else config.dtype)
     kv_dtype = jnp.dtype(cache_dtype(config, backend.dtype))
     facts = replace(facts, kv_scales=kv_dtype.itemsize == 1)

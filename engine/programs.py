@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -190,6 +190,8 @@ class Programs:
         machine, dims, place = self.machine, self.machine.dims, self.placement
         params, state = place.abstract_weights(params), self.empty_state(init_kv)
         empty = self._empty(init_kv)
+        if place.cores:  # every core makes its own
+            empty = partial(functions.new_state, machine, init_kv)
         vector = self._rows(plan_size(dims))
         head = machine.model.head(params)
         edited = (state.slots, state.pages, vector)

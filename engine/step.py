@@ -65,7 +65,8 @@ def _across(machine: Machine, params: Any) -> Across | None:
     shards, rank = machine.model.shards, getattr(params, "rank", None)
     if rank is None:
         return None
-    return Across(rank=rank[0, 0], expert_rank=rank[0, 1], axes=SPLIT, count=shards.count)
+    floats = not machine.backend.branches
+    return Across(rank[0, 0], rank[0, 1], SPLIT, shards.count, floats)
 
 
 def _ops(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | None = None) -> Ops:
