@@ -27,7 +27,6 @@ Said = list[tuple[list[int], list[float]]]  # tokens, and the log probabilities 
 MESHES = {
     "llama": ("model=8",),
     "llama_bias": ("model=2",),
-    "mistral": ("model=4",),
     "qwen2": ("model=2",),
     "qwen3": ("model=4",),
     "gemma3": ("model=4",),
@@ -86,7 +85,8 @@ def texts(core: EngineCore) -> Said:
     again = client.add(prompt(LENGTHS[2], seed=2), max_tokens=COUNT, ignore_eos=True)
     client.drain()
     stats = core.stats()
-    assert stats.prefix_hits > 0 and stats.preemptions > 0
+    if not all(group.window for group in core.resolved.dims.groups):  # windows give pages back
+        assert stats.prefix_hits > 0 and stats.preemptions > 0
     return [(client.tokens[h], drawn(client.logprobs.get(h, []))) for h in (*handles, again)]
 
 
