@@ -29,7 +29,8 @@ def sizes_of(
     if config.mesh == "auto":
         devices = max(1, len(backend.devices))
         if config.hosts != 1:
-            sizes, why = {"model": devices}, f"auto: every device of {config.hosts} hosts"
+            sizes: Mapping[str, int] = {"model": devices}
+            why = f"auto: every device of {config.hosts} hosts"
             return sizes, _describe(sizes, facts, why)
         if backend.shared_memory and devices > 1:
             return {}, "one device (auto: all have the same memory)"

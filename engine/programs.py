@@ -118,9 +118,9 @@ class Programs:
                 if stop is not None and stop.is_set():
                     threads.shutdown(cancel_futures=True)
                     raise CancelledError
-                here = store is not None and self.elsewhere is None
-                if here and store.has(job.name, job.details):
-                    futures.append((job, threads.submit(_timed, store.load, job.name, job.details)))
+                kept = store if self.elsewhere is None else None
+                if kept is not None and kept.has(job.name, job.details):
+                    futures.append((job, threads.submit(_timed, kept.load, job.name, job.details)))
                 else:
                     futures.append((job, self._build(job, store, threads)))
             for job, work in futures:
@@ -233,8 +233,8 @@ class Programs:
                 )
                 where = self._put(self.several, (rows, greedy))
                 static = (self.limits.steps,)
-                slots = thin.GREEDY if greedy else thin.SAMPLE
-                jobs.append(Job(name, where, function, (params, state), (1,), rows, static, slots))
+                read = thin.GREEDY if greedy else thin.SAMPLE
+                jobs.append(Job(name, where, function, (params, state), (1,), rows, static, read))
         for rows, tokens in self.shapes():
             passed = self._passed(params, rows, tokens)
             if tokens and tokens not in self.score:
