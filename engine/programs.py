@@ -107,9 +107,9 @@ class Programs:
         store = None
         if self.folder is not None and compiles is None:
             made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
-            devices = self.machine.backend.devices if self.elsewhere is not None else ()
             mesh = () if place.key is None else (place.key,)
-            store = Store(self.folder / "whole", *made_from, _shapes(state), *mesh, devices=devices)
+            made_from = (*made_from, _shapes(state), *mesh)
+            store = Store(self.folder / "whole", *made_from, devices=self._devices())
         done = 0
         with WATCH.building(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
@@ -118,9 +118,9 @@ class Programs:
                 if stop is not None and stop.is_set():
                     threads.shutdown(cancel_futures=True)
                     raise CancelledError
-                here = store is not None and self.elsewhere is None
-                if here and store.has(job.name, job.details):
-                    futures.append((job, threads.submit(_timed, store.load, job.name, job.details)))
+                kept = store if self.elsewhere is None else None
+                if kept is not None and kept.has(job.name, job.details):
+                    futures.append((job, threads.submit(_timed, kept.load, job.name, job.details)))
                 else:
                     futures.append((job, self._build(job, store, threads)))
             for job, work in futures:
@@ -171,6 +171,11 @@ class Programs:
         return Placement(
             self.machine.mesh, self.machine.model, here, backend.stack_format, backend.put
         )
+
+    def _devices(self) -> tuple[Any, ...]:
+        """What the programs run on, in the mesh's order."""
+        mesh = self.machine.mesh
+        return self.machine.backend.devices[:1] if mesh is None else tuple(mesh.devices.flat)
 
     def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         """An abstract array that belongs to slots: one shard has `shape`."""
@@ -227,8 +232,8 @@ class Programs:
                 )
                 where = self._put(self.several, (rows, greedy))
                 static = (self.limits.steps,)
-                slots = thin.GREEDY if greedy else thin.SAMPLE
-                jobs.append(Job(name, where, function, (params, state), (1,), rows, static, slots))
+                read = thin.GREEDY if greedy else thin.SAMPLE
+                jobs.append(Job(name, where, function, (params, state), (1,), rows, static, read))
         for rows, tokens in self.shapes():
             passed = self._passed(params, rows, tokens)
             if tokens and tokens not in self.score:

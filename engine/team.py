@@ -6,6 +6,7 @@ follower   join     start_runtime   agree on memory   compile, load   built   ..
 
 import dataclasses
 import hashlib
+import os
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -56,6 +57,10 @@ def digest(resolved: Resolved) -> str:
 def start_runtime(config: EngineConfig) -> None:
     """jax's own runtime on every host: from here on their devices are one list."""
     host, port = leader_endpoint(config.leader)
+    if config.device in ("auto", "gpu"):
+        # Else hosts tune kernels for each other, and one that found its programs kept is not there.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_shard_autotuning=false".strip()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         f"{host}:{port + 1}",

@@ -213,6 +213,11 @@ def _sizes(wanted: Wanted) -> tuple[targets.Target, int, Resolved]:
 
 def _ranks(mesh: str) -> int:
     """The cores of a mesh such as "model=2"."""
+    if mesh == "auto":
+        raise ConfigError(
+            "`mesh` is auto, and Neuron graphs are compiled for a number of cores",
+            "use --mesh model=N, of the instance that they are for",
+        )
     sizes = dict(axis.split("=") for axis in mesh.replace(" ", "").split(",") if axis)
     others = {name: n for name, n in sizes.items() if name != "model" and n != "1"}
     if others:
