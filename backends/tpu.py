@@ -27,7 +27,7 @@ PAGE = 32  # one tile of 8-bit keys; larger pages gain less than 5 % of a decode
 
 
 def backend(reason: str) -> Backend:
-    """The record of the TPU that is here."""
+    """The record of the TPUs that are here."""
     device = jax.local_devices(backend="tpu")[0]
     chip = chip_of(device.device_kind)
     return record(reason, tuple(jax.devices("tpu")), _free_memory(device), chip)
@@ -51,6 +51,7 @@ def record(
         grouped_linear=plain.grouped_linear,
         layers=layers,
         stacked=True,
+        whole_steps=True,
         stack_format=partial(stack_format, chip.stack_rows if chip else 0),
         row_buckets=lambda most: doubling(min(8, most), most),
         token_buckets=lambda most: doubling(min(128, most), most),

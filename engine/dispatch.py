@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from octavo.engine.compiles import WATCH
+from octavo.engine.functions import forward_key
 from octavo.engine.grammar.guide import mask_words
-from octavo.engine.orders import FORWARD, GREEDY, MASKED, NO_SAMPLING, RICH, SEVERAL, Order
+from octavo.engine.orders import FORWARD, GREEDY, MASKED, NO_SAMPLING, RICH, SAMPLE, SEVERAL, Order
 from octavo.engine.plan import CHUNKS
-from octavo.engine.programs import Programs, forward_key
+from octavo.engine.programs import Programs
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 
@@ -54,6 +55,10 @@ class Dispatcher:
         if order.forward == SEVERAL:
             several = programs.several[order.rows, order.sampling == GREEDY]
             self.state, done.packed, done.taken = several(self.params, self.state)
+            return done
+        whole = None if order.tokens else programs.whole.get((order.rows, order.sampling == GREEDY))
+        if whole and order.forward == FORWARD and order.sampling in (GREEDY, SAMPLE):
+            self.state, done.packed, done.taken = whole(self.params, self.state)
             return done
         if order.forward == FORWARD:
             arguments = (vector,) if order.tokens else ()

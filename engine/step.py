@@ -65,7 +65,8 @@ def _across(machine: Machine, params: Any) -> Across | None:
     shards, rank = machine.model.shards, getattr(params, "rank", None)
     if rank is None:
         return None
-    return Across(rank=rank[0, 0], expert_rank=rank[0, 1], axes=SPLIT, count=shards.count)
+    floats = not machine.backend.branches
+    return Across(rank[0, 0], rank[0, 1], SPLIT, shards.count, floats)
 
 
 def _ops(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | None = None) -> Ops:
@@ -87,11 +88,28 @@ def _ops(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | No
             **extra,
         )
 
+    def attend_packed(
+        mixed: jax.Array,
+        turn: tuple[jax.Array, jax.Array],
+        norms: tuple[jax.Array, jax.Array] | None,
+        cache: Any,
+        spec: AttentionSpec,
+        eps: float,
+        offset: float,
+        **extra: Any,
+    ) -> tuple[jax.Array, Any] | None:
+        extra |= {"window": spec.layer.window, "scale": spec.scale, "softcap": spec.softcap}
+        batch = batches[spec.layer.group]
+        return backend.attend_packed(
+            mixed, turn, norms, cache, batch, eps=eps, offset=offset, **extra
+        )
+
     return Ops(
         attend=attend,
         linear=backend.linear,
         grouped_linear=backend.grouped_linear,
         layers=backend.layers,
+        attend_packed=attend_packed,
         across=across,
         dense_experts=backend.dense_experts,
     )

@@ -157,12 +157,12 @@ def _is_projection(node: Any) -> bool:
 
 def _two_dimensional(node: Any) -> Any:
     """Projections as matrices: a loop over layers reads those where they lie, and copies others."""
+    flat: Any = flatten  # its leaves are Tensors, which stand for arrays
     if isinstance(node, Linear):
-        bias: Any = node.bias
-        return Linear(flatten(node.weight, 1), None if bias is None else flatten(bias, 0))
+        return Linear(flat(node.weight, 1), None if node.bias is None else flat(node.bias, 0))
     if isinstance(node, layers.Experts):
         router = _two_dimensional(node.router)
-        return replace(node, router=router, gate_up=flatten(node.gate_up, 2))
+        return replace(node, router=router, gate_up=flat(node.gate_up, 2))
     return node
 
 

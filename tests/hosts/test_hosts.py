@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -33,7 +34,7 @@ REQUESTS = (
 )
 
 
-def flags(settings: dict[str, object]) -> list[str]:
+def flags(settings: dict[str, Any]) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
 
 
@@ -74,7 +75,7 @@ def answers(cluster: Cluster) -> list[str]:
     return out
 
 
-def expected(model: str, settings: dict[str, object]) -> list[str]:
+def expected(model: str, settings: dict[str, Any]) -> list[str]:
     """The same of one process with one device."""
     llm = octavo.LLM(model=model, **settings)
     try:
