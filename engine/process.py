@@ -393,10 +393,8 @@ def main() -> None:
     order = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, args=(order["address"],), daemon=True).start()
     config = EngineConfig(**order["config"])
-    if config.host_index > 0:
-        code = run_follower(config, order["address"])
-    else:
-        code = run_engine(config, order["address"], order["core"])
+    address, leads = order["address"], config.host_index == 0
+    code = run_engine(config, address, order["core"]) if leads else run_follower(config, address)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no destructor of a device runtime may hang a finished process
