@@ -198,17 +198,14 @@ def _kernel(
         start_pages(start, first[start], base[start] % 2)
 
     jax.lax.fori_loop(start, stop, block, None)
-    for back in (2, 1):
-
-        @pl.when(stop >= start + back)
-        def _(back: int = back) -> None:
-            each_out(stop - back, lambda copy: copy.wait())
+    for b in (stop - 2, stop - 1):
+        pl.when(b >= start)(functools.partial(each_out, b, lambda copy: copy.wait()))
 
 
 def _in_powers(count: Any, most: int, act: Any) -> None:
     """Any number of things up to `most` in a few acts of static sizes: act(how many before, n)."""
     while most:
-        pl.when((count & most) != 0)(partial(act, count & -(2 * most), most))
+        pl.when((count & most) != 0)(functools.partial(act, count & -(2 * most), most))
         most //= 2
 
 
