@@ -136,20 +136,8 @@ def resolve(
             raise _too_big(config, backend, limit, weights, spent, page_bytes, dims)
         longest = shorter
     _check_num_pages(config, dims)
-    memory = MemoryPlan(
-        device=backend.name if mesh is None else f"each of {mesh.size} of {backend.name}",
-        limit=limit,
-        usable=usable,
-        weights=weights,
-        cache=sum(g.pages * b for g, b in zip(dims.groups, page_bytes, strict=True)),
-        state=_state_bytes(dims),
-        workspace=_workspace_bytes(built, dims, dtype),
-        pages=tuple(g.pages for g in dims.groups),
-        page_bytes=page_bytes,
-        page_size=page,
-        max_model_len=longest,
-        max_num_seqs=seqs,
-    )
+    place = backend.name if mesh is None else f"each of {mesh.size} of {backend.name}"
+    memory = _plan(place, limit, usable, built, dims, dtype, page_bytes)
     rows, steps = _rows(backend, seqs, weights)
     return Resolved(
         config=config,
@@ -168,6 +156,32 @@ def resolve(
         mixed=backend.mixed,
         chunks=backend.most_chunks or CHUNKS,
         context_buckets=backend.context_buckets(dims.pages_per_slot),
+    )
+
+
+def _plan(
+    place: str,
+    limit: int,
+    usable: int,
+    model: Model,
+    dims: Dims,
+    dtype: Any,
+    page_bytes: tuple[int, ...],
+) -> MemoryPlan:
+    """What one device holds."""
+    return MemoryPlan(
+        device=place,
+        limit=limit,
+        usable=usable,
+        weights=param_bytes(model, dtype),
+        cache=sum(g.pages * b for g, b in zip(dims.groups, page_bytes, strict=True)),
+        state=_state_bytes(dims),
+        workspace=_workspace_bytes(model, dims, dtype),
+        pages=tuple(g.pages for g in dims.groups),
+        page_bytes=page_bytes,
+        page_size=dims.page_size,
+        max_model_len=dims.max_len,
+        max_num_seqs=dims.slots,
     )
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import zmq
 
 from octavo.engine.config import ConfigError, EngineConfig
-from octavo.engine.link import Leader, last_words_file, ready_file
+from octavo.engine.link import HostLost, Leader, last_words_file, ready_file
 from octavo.engine.messages import (
     Abort,
     AddRequest,
@@ -339,8 +339,10 @@ def run_follower(config: EngineConfig, address: str) -> int:
         words.write_text(str(error))
         return 2
     except Exception as error:
-        traceback.print_exc()
-        words.write_text(f"{type(error).__name__}: {error}")
+        lost = isinstance(error, HostLost)
+        if not lost:
+            traceback.print_exc()
+        words.write_text(str(error) if lost else f"{type(error).__name__}: {error}")
         return 1
     return 0
 
@@ -391,10 +393,8 @@ def main() -> None:
     order = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, args=(order["address"],), daemon=True).start()
     config = EngineConfig(**order["config"])
-    if config.host_index > 0:
-        code = run_follower(config, order["address"])
-    else:
-        code = run_engine(config, order["address"], order["core"])
+    address, leads = order["address"], config.host_index == 0
+    code = run_engine(config, address, order["core"]) if leads else run_follower(config, address)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no destructor of a device runtime may hang a finished process
