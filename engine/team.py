@@ -95,7 +95,7 @@ def follow(
     config: EngineConfig,
     address: str,
     progress: Progress | None,
-    on_ready: Callable[[list[str]], None],
+    on_ready: Callable[[list[str]], object],
 ) -> None:
     """Be a host that is not the leader until that ends. Raises ConfigError with what is wrong."""
     _check_model(config)
