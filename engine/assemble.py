@@ -77,7 +77,7 @@ def assemble(
         if decided is not None:
             decided(backend, resolved)
         began = time.perf_counter()
-        place = Placement(resolved.mesh, resolved.model, None, backend.stack_format, backend.put)
+        place = Placement(resolved.mesh, resolved.model, None, backend.put)
         params = load_weights(config, checkpoint, place, resolved.dtype, progress)
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
@@ -99,9 +99,7 @@ def load_weights(
     """Every parameter of the model, in its place."""
     model = place.model
     if config.load_format == "dummy":
-        return random_params(
-            model, config.seed, dtype, put=place.put_weight, stack_format=place.stack_format
-        )
+        return random_params(model, config.seed, dtype, put=place.put_weight)
     _check_scales(config, checkpoint)
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
@@ -125,7 +123,6 @@ def load_weights(
         dtype,
         put=place.put_weight,
         progress=report,
-        stack_format=place.stack_format,
     )
 
 

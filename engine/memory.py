@@ -120,7 +120,7 @@ def resolve(
         len(mesh.local_devices) if mesh and backend.shared_memory else 1
     )
     while True:
-        built = model or build(facts, longest, shards_of(sizes), stacked=backend.stacked)
+        built = model or build(facts, longest, shards_of(sizes), **_form(backend))
         weights = param_bytes(built, dtype)
         dims = _dims(config, built, seqs, page, longest, budget)
         spent = weights + _state_bytes(dims) + _workspace_bytes(built, dims, dtype)
@@ -166,6 +166,11 @@ def resolve(
         chunks=backend.most_chunks or CHUNKS,
         context_buckets=backend.context_buckets(dims.pages_per_slot),
     )
+
+
+def _form(backend: Backend) -> dict[str, Any]:
+    """How the backend wants a model's layers."""
+    return {"stacked": backend.stacked, "columns": backend.columns}
 
 
 def _axes(config: EngineConfig) -> dict[str, int]:
