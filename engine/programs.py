@@ -166,11 +166,7 @@ class Programs:
     def placement(self) -> Placement:
         """Where everything lies."""
         backend, here = self.machine.backend, self.elsewhere
-        if here is None and backend.stacked:
-            here = jax.sharding.SingleDeviceSharding(backend.devices[0])
-        return Placement(
-            self.machine.mesh, self.machine.model, here, backend.stack_format, backend.put
-        )
+        return Placement(self.machine.mesh, self.machine.model, here, backend.put)
 
     def _devices(self) -> tuple[Any, ...]:
         """What the programs run on, in the mesh's order."""
@@ -194,7 +190,7 @@ class Programs:
     def jobs(self, params: Any, init_kv: Callable[[], Any]) -> list[Job]:
         """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs."""
         machine, dims, place = self.machine, self.machine.dims, self.placement
-        params, state = place.abstract_weights(params), self.empty_state(init_kv)
+        params, state = place.abstract(params, place.params), self.empty_state(init_kv)
         empty = self._empty(init_kv, each=place.cores)
         vector = self._rows(plan_size(dims))
         head = machine.model.head(params)
