@@ -73,8 +73,7 @@ class Backend:
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
     stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
 
-    # stack_format(axes, sharding): how a stack of layers' weights of so many axes lies in memory
-    stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
+    columns: int = 0  # stacked matrices are kept in blocks of so many columns; 0: whole
 
     row_buckets: Callable[[int], tuple[int, ...]]  # of max_num_seqs, ascending, the last is it
     token_buckets: Callable[[int], tuple[int, ...]]  # of max_num_batched_tokens, likewise

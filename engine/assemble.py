@@ -99,9 +99,7 @@ def load_weights(
     """Every parameter of the model, in its place."""
     model = place.model
     if config.load_format == "dummy":
-        return random_params(
-            model, config.seed, dtype, put=place.put_weight, stack_format=place.stack_format
-        )
+        return random_params(model, config.seed, dtype, put=place.put_weight)
     _check_scales(config, checkpoint)
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
@@ -125,7 +123,6 @@ def load_weights(
         dtype,
         put=place.put_weight,
         progress=report,
-        stack_format=place.stack_format,
     )
 
 
@@ -188,7 +185,7 @@ def end_tokens(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
 
 def place_of(backend: Backend, resolved: Resolved) -> Placement:
     """Where the arrays of an engine lie."""
-    return Placement(resolved.mesh, resolved.model, None, backend.stack_format, backend.put)
+    return Placement(resolved.mesh, resolved.model, None, backend.put)
 
 
 def cache_maker(backend: Backend, resolved: Resolved) -> Callable[[], Any]:

@@ -122,7 +122,7 @@ def resolve(
     if isinstance(mesh, Mesh) and backend.shared_memory:
         limit //= len(mesh.local_devices)
     while True:
-        built = model or build(facts, longest, shards_of(sizes), stacked=backend.stacked)
+        built = model or build(facts, longest, shards_of(sizes), **_form(backend))
         weights = param_bytes(built, dtype)
         dims = _dims(config, built, seqs, page, longest, budget)
         spent = weights + _state_bytes(dims) + _workspace_bytes(built, dims, dtype)
@@ -183,6 +183,11 @@ def _plan(
         max_model_len=dims.max_len,
         max_num_seqs=dims.slots,
     )
+
+
+def _form(backend: Backend) -> dict[str, Any]:
+    """How the backend wants a model's layers."""
+    return {"stacked": backend.stacked, "columns": backend.columns}
 
 
 def _rows(backend: Backend, seqs: int, weights: int) -> tuple[tuple[int, ...], int]:

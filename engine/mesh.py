@@ -23,8 +23,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from octavo.engine.config import ConfigError
 from octavo.engine.state import EngineState
 from octavo.models.registry import Model
-from octavo.models.shards import SPLIT, Shards, placed
-from octavo.models.tensors import Tensor, flat_shape
+from octavo.models.shards import SPLIT, Shards, kept_places, placed
+from octavo.models.tensors import Tensor, kept, kept_shape
 
 AXES = ("data", *SPLIT)
 ROWS = PartitionSpec("data")  # what belongs to slots: plans, tables, results
@@ -65,14 +65,12 @@ class Placement:
     mesh: Any
     model: Model
     here: Any = None  # without a mesh: the device's sharding where programs must name it
-    # Backend.stack_format: how weights of stacked layers lie there
-    stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
     put_here: Callable[..., Any] = jax.device_put  # Backend.put, without a mesh of devices
 
     @cached_property
     def params(self) -> Any:
         """The tree of PartitionSpecs of the parameters."""
-        return jax.tree.map(lambda t: PartitionSpec(*placed(t.axes, t.flat)), self.model.tensors)
+        return jax.tree.map(lambda t: PartitionSpec(*kept_places(t)), self.model.tensors)
 
     @cached_property
     def head(self) -> Any:
@@ -97,17 +95,6 @@ class Placement:
         leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
         return jax.tree.map(part, specs, tree, is_leaf=leaf)
 
-    def abstract_weights(self, params: Any) -> Any:
-        """The ShapeDtypeStructs of the parameters, in their places and formats."""
-
-        def leaf(t: Tensor, a: Any, spec: PartitionSpec) -> Any:
-            place = self._sharding(spec)
-            if t.axes.startswith("L ") and place is not None:
-                place = self.stack_format(len(a.shape), place)
-            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
-
-        return jax.tree.map(leaf, self.model.tensors, params, self.params)
-
     def _sharding(self, spec: PartitionSpec) -> Any:
         alone = self.mesh is None or self.cores
         return self.here if alone else NamedSharding(self.mesh, spec)
@@ -126,21 +113,21 @@ class Placement:
     def put_weight(self, array: np.ndarray, tensor: Tensor) -> jax.Array:
         """A parameter: each device gets its part."""
         if self.mesh is None:
-            return self.put_here(array.reshape(flat_shape(tensor, array.shape)))
+            return self.put_here(kept(tensor, array))
         if self.cores:
             along = [d for d, axes in enumerate(placed(tensor.axes)) if axes]
             return self.put_here(array, along[0] if along else None)
         cut = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes)))
-        if not tensor.flat:
+        if not (tensor.flat or tensor.columns):
             return self._put(array, cut.spec)
-        # Each device's part is made flat by itself: gate and up of its columns side by side.
+        # Each device's part is laid out by itself: gate and up of its columns side by side.
         parts = [
-            jax.device_put(part.reshape(flat_shape(tensor, part.shape)), device)
+            jax.device_put(kept(tensor, part), device)
             for device, index in cut.addressable_devices_indices_map(array.shape).items()
             for part in [array[index]]
         ]
-        place = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes, tensor.flat)))
-        shape = flat_shape(tensor, array.shape)
+        place = NamedSharding(self.mesh, PartitionSpec(*kept_places(tensor)))
+        shape = kept_shape(tensor, array.shape)
         return jax.make_array_from_single_device_arrays(shape, place, parts)
 
     def _put(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array:

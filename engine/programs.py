@@ -166,11 +166,7 @@ class Programs:
     def placement(self) -> Placement:
         """Where everything lies."""
         backend, here = self.machine.backend, self.elsewhere
-        if here is None and backend.stacked:
-            here = jax.sharding.SingleDeviceSharding(backend.devices[0])
-        return Placement(
-            self.machine.mesh, self.machine.model, here, backend.stack_format, backend.put
-        )
+        return Placement(self.machine.mesh, self.machine.model, here, backend.put)
 
     def _devices(self) -> tuple[Any, ...]:
         """What the programs run on, in the mesh's order."""
@@ -182,9 +178,10 @@ class Programs:
         data = 1 if self.machine.mesh is None else self.machine.mesh.shape["data"]
         return self.placement.abstract(jax.ShapeDtypeStruct((data, *shape), dtype), ROWS)
 
-    def _empty(self, init_kv: Callable[[], Any]) -> Callable[[], Any]:
-        """What makes an empty state."""
-        return self.placement.program(lambda: functions.new_state(self.machine, init_kv), (), STATE)
+    def _empty(self, init_kv: Callable[[], Any], *, each: bool = False) -> Callable[[], Any]:
+        """What makes an empty state; `each`: what every core makes for itself."""
+        make = partial(functions.new_state, self.machine, init_kv)
+        return make if each else self.placement.program(make, (), STATE)
 
     def empty_state(self, init_kv: Callable[[], Any]) -> Any:
         """Its arrays, abstract."""
@@ -193,10 +190,8 @@ class Programs:
     def jobs(self, params: Any, init_kv: Callable[[], Any]) -> list[Job]:
         """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs."""
         machine, dims, place = self.machine, self.machine.dims, self.placement
-        params, state = place.abstract_weights(params), self.empty_state(init_kv)
-        empty = self._empty(init_kv)
-        if place.cores:  # every core makes its own
-            empty = partial(functions.new_state, machine, init_kv)
+        params, state = place.abstract(params, place.params), self.empty_state(init_kv)
+        empty = self._empty(init_kv, each=place.cores)
         vector = self._rows(plan_size(dims))
         head = machine.model.head(params)
         edited = (state.slots, state.pages, vector)

@@ -22,7 +22,7 @@ from octavo.engine.build import Build
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.dispatch import Dispatcher
 from octavo.engine.hosts import leader_endpoint
-from octavo.engine.link import Follower, Leader, end_process
+from octavo.engine.link import Follower, HostLost, Leader, end_process
 from octavo.engine.memory import Resolved
 from octavo.engine.planning import check_workspace
 from octavo.engine.runner import choose_runner
@@ -95,7 +95,7 @@ def follow(
     config: EngineConfig,
     address: str,
     progress: Progress | None,
-    on_ready: Callable[[list[str]], None],
+    on_ready: Callable[[list[str]], object],
 ) -> None:
     """Be a host that is not the leader until that ends. Raises ConfigError with what is wrong."""
     _check_model(config)
@@ -121,7 +121,7 @@ def follow(
         raise
     except Exception as error:
         if why := follower.why(timeout=2.0):  # an end of the line explains what it broke
-            raise ConfigError(why) from error
+            raise HostLost(why) from error
         follower.trouble(f"{type(error).__name__}: {error}")
         raise
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.layout import Format, Layout
 
+from octavo.backends import plain
 from octavo.models.config import ModelConfig
 from octavo.models.load import load_params, random_params
 from octavo.models.ops import Stacks
@@ -50,16 +50,23 @@ def test_stacks_hold_the_layers_of_the_checkpoint(name: str) -> None:
     assert shapes == abstract
 
 
-def test_a_stack_lies_as_the_backend_asks_from_the_first_layer_on() -> None:
-    model = build(ModelConfig.from_hf(LLAMA), 64, stacked=True)
-
-    def turned(axes: int, sharding: jax.sharding.Sharding) -> object:
-        return Format(Layout((0, 2, 1)), sharding) if axes == 3 else sharding
-
-    as_asked = random_params(model, 1, stack_format=turned)
-    as_ever = random_params(model, 1)
-    assert isinstance(as_asked.layers, Stacks)
-    weight = as_asked.layers.periods[0].attention.qkv.weight
-    assert weight.format.layout.major_to_minor == (0, 2, 1)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), as_asked, as_ever)
-    assert jnp.isfinite(weight).all()
+def test_blocks_of_columns_are_the_same_matrix() -> None:
+    config = ModelConfig.from_hf(MOE | {"intermediate_size": 64})
+    whole = random_params(build(config, 64, stacked=True), 1)
+    blocks = random_params(build(config, 64, stacked=True, columns=8), 1)
+    assert isinstance(whole.layers, Stacks) and isinstance(blocks.layers, Stacks)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 32), np.float32))
+    for one, other in zip(whole.layers.each(), blocks.layers.each(), strict=True):
+        for a, b in (
+            (one.attention.qkv, other.attention.qkv),
+            (one.attention.out, other.attention.out),
+        ):
+            assert b.weight.ndim == 3
+            np.testing.assert_allclose(plain.linear(x, b), plain.linear(x, a), rtol=1e-5)
+        assert other.mlp.gate_up.shape == (4, 4, 32, 8)
+        sizes = jnp.array([1, 0, 2, 0], jnp.int32)
+        np.testing.assert_allclose(
+            plain.grouped_linear(x, other.mlp.gate_up, sizes),
+            plain.grouped_linear(x, one.mlp.gate_up, sizes),
+            rtol=1e-5,
+        )
