@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 # `kv_cache_dtype` by the names that people know, where numpy's is another.
 CACHE_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}
@@ -88,13 +87,16 @@ class Backend:
     compiler_options: Callable[[int], Mapping[str, bool | int | str]] = lambda tokens: {}
     # compile(engine.programs.Job) -> what is called, where XLA does not run the programs
     compile: Callable[[Any], Any] | None = None
-    put: Callable[[np.ndarray], Any] = jax.device_put  # an array to where the programs find it
+    # put(array, axis=None): an array to where those find it, cut among cores along axis, if any
+    put: Callable[..., Any] = jax.device_put
+    cores: int = 0  # for a mesh of cores that are no devices of jax: how many there may be
     close: Callable[[], None] = lambda: None  # when the engine is closed
     autotuning: str = ""  # XLA's option for a folder that keeps what it found by trying
     # What its compiler cannot do; docs/design.md section 7.
     mixed: bool = True  # decode rows and prompt chunks in one program
     most_chunks: int = 0  # prompt chunks in one step; 0 is as many as a plan holds
-    branches: bool = True  # conditionals, infinities, and loops that end when the device says so
+    # Conditionals, infinities, loops that end when the device says so, integers across devices.
+    branches: bool = True
     dense_experts: bool = False  # every expert meets every token
     # Of the pages of the longest sequence: how many a program looks at, ascending, the last is it.
     context_buckets: Callable[[int], tuple[int, ...]] = lambda pages: (pages,)

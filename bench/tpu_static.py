@@ -39,8 +39,10 @@ HEADS = (32, 8, 128)  # H, K, D
 Numbers = dict[str, int]
 
 
-def arguments(page: int, kind: str, heads: tuple[int, int, int] = HEADS) -> tuple[Any, ...]:
-    """Abstract q, k, v, cache and batch of one mixed step: 16 rows and 512 chunk tokens."""
+def arguments(
+    page: int, kind: str, heads: tuple[int, int, int] = HEADS, chunk_tokens: int = 512
+) -> tuple[Any, ...]:
+    """Abstract q, k, v, cache and batch of one step of 16 rows and some chunk tokens."""
     import jax
     import jax.numpy as jnp
 
@@ -52,7 +54,7 @@ def arguments(page: int, kind: str, heads: tuple[int, int, int] = HEADS) -> tupl
 
     H, K, D = heads
     rows, C, M = 16, 8, LONGEST // page
-    N = rows + 512
+    N = rows + chunk_tokens
     shapes: dict[str, tuple[int, ...]] = dict(table=(rows, M), row_start=(rows,), row_count=(rows,))
     shapes |= {f"chunk_{name}": (C,) for name in ("slot", "start", "count", "offset")}
     shapes |= dict(dest=(N,), position=(N,), slot=(N,))

@@ -77,7 +77,7 @@ def assemble(
         if decided is not None:
             decided(backend, resolved)
         began = time.perf_counter()
-        place = Placement(resolved.mesh, resolved.model, None, backend.put)
+        place = place_of(backend, resolved)
         params = load_weights(config, checkpoint, place, resolved.dtype, progress)
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
@@ -181,6 +181,11 @@ def end_tokens(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
         if ids is not None:
             return [int(i) for i in (ids if isinstance(ids, list) else [ids])]
     return []
+
+
+def place_of(backend: Backend, resolved: Resolved) -> Placement:
+    """Where the arrays of an engine lie."""
+    return Placement(resolved.mesh, resolved.model, None, backend.put)
 
 
 def cache_maker(backend: Backend, resolved: Resolved) -> Callable[[], Any]:

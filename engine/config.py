@@ -73,7 +73,10 @@ class EngineConfig:
         0, "prompt tokens in one step; 0 takes the backend's default"
     )
     seed: int = option(0, "seed of requests that bring none")
-    mesh: str = option("", "devices, as in data=1,model=8")
+    mesh: str = option(
+        "",
+        "devices that one model is cut over, as in model=8; auto takes as few as do",
+    )
     hosts: int | str = option(
         1, "hosts that run the model together, each with this command; auto asks their launcher"
     )
@@ -219,11 +222,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`data=1,model=8` as {"data": 1, "model": 8}; empty is one device."""
+    """`data=1,model=8` as {"data": 1, "model": 8}; empty is one device.
+
+    `auto` is empty too: what it becomes is known when the model and the devices are.
+    """
     sizes: dict[str, int] = {}
+    if text == "auto":
+        return sizes
     for part in filter(None, text.split(",")):
         axis, _, size = (piece.strip() for piece in part.partition("="))
-        hint = "write it as --mesh model=8 or --mesh data=2,model=4"
+        hint = "write it as --mesh model=8, --mesh expert=2,model=4 or --mesh auto"
         if axis not in MESH_AXES:
             raise ConfigError(f"`mesh` has no axis `{axis}`: {', '.join(MESH_AXES)}", hint)
         if axis in sizes:

@@ -332,6 +332,7 @@ class EngineCore:
         r, memory = self.resolved, self.memory
         return [
             f"backend  {self.backend.reason}",
+            *([f"mesh     {r.mesh_line}"] if r.mesh_line else []),
             f"model    {r.model.config.family}, {r.dtype.name}, context {r.max_model_len:,}",
             f"cache    {memory.tokens:,} tokens in pages of {memory.page_size}; "
             f"{r.dims.slots} slots",

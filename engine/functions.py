@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from octavo.engine import step
+from octavo.engine import draw, step
 from octavo.engine.state import EngineState, empty_pages, empty_slots
 
 
@@ -54,7 +54,7 @@ def forward(machine: step.Machine, rows: int, tokens: int, context: int = 0) -> 
 
 def greedy(machine: step.Machine) -> Any:
     def greedy(head: Any, slots: Any, passed: Any) -> Any:
-        after, packed, _ = step.sample(
+        after, packed, _ = draw.sample(
             machine, head, one_shard(slots), one_shard(passed), greedy=True
         )
         return as_shard((after, packed))
@@ -64,7 +64,7 @@ def greedy(machine: step.Machine) -> Any:
 
 def sample(machine: step.Machine) -> Any:
     def sample(head: Any, slots: Any, passed: Any) -> Any:
-        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed))
+        after, packed, _ = draw.sample(machine, head, one_shard(slots), one_shard(passed))
         return as_shard((after, packed))
 
     return sample
@@ -72,7 +72,7 @@ def sample(machine: step.Machine) -> Any:
 
 def masked(machine: step.Machine) -> Any:
     def masked(head: Any, slots: Any, passed: Any, mask: jax.Array) -> Any:
-        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed), mask[0])
+        after, packed, _ = draw.sample(machine, head, one_shard(slots), one_shard(passed), mask[0])
         return as_shard((after, packed))
 
     return masked
@@ -85,7 +85,7 @@ def whole(machine: step.Machine, rows: int, greedy: bool) -> Any:
         after, passed, taken = step.forward(
             machine, params, one_shard(state), None, rows=rows, tokens=0
         )
-        slots, packed, _ = step.sample(machine, head, after.slots, passed, greedy=greedy)
+        slots, packed, _ = draw.sample(machine, head, after.slots, passed, greedy=greedy)
         return as_shard((replace(after, slots=slots), packed, taken))
 
     return whole
@@ -100,7 +100,7 @@ def several(machine: step.Machine, rows: int, steps: int, greedy: bool) -> Any:
             state: EngineState, nothing: None
         ) -> tuple[EngineState, tuple[jax.Array, jax.Array]]:
             state, passed, taken = step.forward(machine, params, state, None, rows=rows, tokens=0)
-            slots, packed, _ = step.sample(machine, head, state.slots, passed, greedy=greedy)
+            slots, packed, _ = draw.sample(machine, head, state.slots, passed, greedy=greedy)
             return replace(state, slots=slots), (packed, taken)
 
         after, (packed, taken) = jax.lax.scan(one, one_shard(state), length=steps)
@@ -112,7 +112,7 @@ def several(machine: step.Machine, rows: int, steps: int, greedy: bool) -> Any:
 def rich(machine: step.Machine, logprobs: int) -> Any:
     def rich(head: Any, slots: Any, passed: Any, mask: jax.Array, named: jax.Array) -> Any:
         rows = (one_shard(slots), one_shard(passed), mask[0], named[0])
-        return as_shard(step.sample(machine, head, *rows, logprobs=logprobs))
+        return as_shard(draw.sample(machine, head, *rows, logprobs=logprobs))
 
     return rich
 
@@ -120,6 +120,6 @@ def rich(machine: step.Machine, logprobs: int) -> Any:
 def score(machine: step.Machine, logprobs: int) -> Any:
     def score(head: Any, hidden: jax.Array, targets: jax.Array, named: jax.Array) -> Any:
         parts = (hidden[0], targets[0], named[0])
-        return as_shard(step.score(machine, head, *parts, logprobs=logprobs))
+        return as_shard(draw.score(machine, head, *parts, logprobs=logprobs))
 
     return score

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from octavo.engine.config import ConfigError
 from octavo.engine.state import EngineState
@@ -36,12 +36,19 @@ def shards_of(sizes: Mapping[str, int]) -> Shards:
     return Shards(model=sizes.get("model", 1), expert=sizes.get("expert", 1))
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
-    """The mesh over the first devices; None where it is one device. Raises ConfigError."""
+def make_mesh(
+    sizes: Mapping[str, int], devices: Sequence[Any], cores: int = 0
+) -> Mesh | AbstractMesh | None:
+    """The mesh over the first devices; None where it is one device. Raises ConfigError.
+
+    cores: how many there are that are no devices of jax.
+    """
     shape = [sizes.get(axis, 1) for axis in AXES]
     count = int(np.prod(shape))
     if count == 1:
         return None
+    if count <= cores:
+        return AbstractMesh(tuple(shape), AXES)
     if count > len(devices):
         wanted = ",".join(f"{axis}={n}" for axis, n in sizes.items())
         raise ConfigError(
@@ -58,7 +65,7 @@ class Placement:
     mesh: Any
     model: Model
     here: Any = None  # without a mesh: the device's sharding where programs must name it
-    put_here: Callable[[np.ndarray], Any] = jax.device_put  # Backend.put, without a mesh
+    put_here: Callable[..., Any] = jax.device_put  # Backend.put, without a mesh of devices
 
     @cached_property
     def params(self) -> Any:
@@ -89,11 +96,17 @@ class Placement:
         return jax.tree.map(part, specs, tree, is_leaf=leaf)
 
     def _sharding(self, spec: PartitionSpec) -> Any:
-        return self.here if self.mesh is None else NamedSharding(self.mesh, spec)
+        alone = self.mesh is None or self.cores
+        return self.here if alone else NamedSharding(self.mesh, spec)
+
+    @property
+    def cores(self) -> bool:
+        """Whether the mesh is of cores that are no devices of jax."""
+        return isinstance(self.mesh, AbstractMesh)
 
     def put(self, array: np.ndarray) -> jax.Array:
         """Something that belongs to slots, with its leading data axis."""
-        if self.mesh is None:
+        if self.mesh is None or self.cores:
             return self.put_here(array)
         return self._put(array, ROWS)
 
@@ -101,6 +114,9 @@ class Placement:
         """A parameter: each device gets its part."""
         if self.mesh is None:
             return self.put_here(kept(tensor, array))
+        if self.cores:
+            along = [d for d, axes in enumerate(placed(tensor.axes)) if axes]
+            return self.put_here(array, along[0] if along else None)
         cut = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes)))
         if not (tensor.flat or tensor.columns):
             return self._put(array, cut.spec)

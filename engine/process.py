@@ -22,7 +22,6 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -30,7 +29,7 @@ import numpy as np
 import zmq
 
 from octavo.engine.config import ConfigError, EngineConfig
-from octavo.engine.link import Leader, last_words_file, ready_file
+from octavo.engine.link import Leader
 from octavo.engine.messages import (
     Abort,
     AddRequest,
@@ -326,25 +325,6 @@ def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
     return code
 
 
-def run_follower(config: EngineConfig, address: str) -> int:
-    """Be one of several hosts, but not the leader; returns the exit code."""
-    _on_stop_signals(signal.SIG_IGN)  # the leader says when
-    team = importlib.import_module("octavo.engine.team")
-    words = Path(last_words_file(address))
-    try:
-        with importlib.import_module("octavo.engine.progress").startup_progress() as progress:
-            ready = Path(ready_file(address))
-            team.follow(config, address, progress, lambda lines: ready.write_text("\n".join(lines)))
-    except ConfigError as error:
-        words.write_text(str(error))
-        return 2
-    except Exception as error:
-        traceback.print_exc()
-        words.write_text(f"{type(error).__name__}: {error}")
-        return 1
-    return 0
-
-
 def _build(core: str, config: EngineConfig, leader: Leader | None = None) -> Core:
     """The engine itself: only here does this process begin to import jax."""
     own = core != CORE
@@ -392,7 +372,8 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(order["address"],), daemon=True).start()
     config = EngineConfig(**order["config"])
     if config.host_index > 0:
-        code = run_follower(config, order["address"])
+        follower = importlib.import_module("octavo.engine.follower")
+        code = follower.run_follower(config, order["address"])
     else:
         code = run_engine(config, order["address"], order["core"])
     sys.stdout.flush()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -107,9 +107,9 @@ class Programs:
         store = None
         if self.folder is not None and compiles is None:
             made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
-            devices = self.machine.backend.devices if self.elsewhere is not None else ()
             mesh = () if place.key is None else (place.key,)
-            store = Store(self.folder / "whole", *made_from, _shapes(state), *mesh, devices=devices)
+            made_from = (*made_from, _shapes(state), *mesh)
+            store = Store(self.folder / "whole", *made_from, devices=self._devices())
         done = 0
         with WATCH.building(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
@@ -118,9 +118,9 @@ class Programs:
                 if stop is not None and stop.is_set():
                     threads.shutdown(cancel_futures=True)
                     raise CancelledError
-                here = store is not None and self.elsewhere is None
-                if here and store.has(job.name, job.details):
-                    futures.append((job, threads.submit(_timed, store.load, job.name, job.details)))
+                kept = store if self.elsewhere is None else None
+                if kept is not None and kept.has(job.name, job.details):
+                    futures.append((job, threads.submit(_timed, kept.load, job.name, job.details)))
                 else:
                     futures.append((job, self._build(job, store, threads)))
             for job, work in futures:
@@ -168,14 +168,20 @@ class Programs:
         backend, here = self.machine.backend, self.elsewhere
         return Placement(self.machine.mesh, self.machine.model, here, backend.put)
 
+    def _devices(self) -> tuple[Any, ...]:
+        """What the programs run on, in the mesh's order."""
+        mesh = self.machine.mesh
+        return self.machine.backend.devices[:1] if mesh is None else tuple(mesh.devices.flat)
+
     def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         """An abstract array that belongs to slots: one shard has `shape`."""
         data = 1 if self.machine.mesh is None else self.machine.mesh.shape["data"]
         return self.placement.abstract(jax.ShapeDtypeStruct((data, *shape), dtype), ROWS)
 
-    def _empty(self, init_kv: Callable[[], Any]) -> Callable[[], Any]:
-        """What makes an empty state."""
-        return self.placement.program(lambda: functions.new_state(self.machine, init_kv), (), STATE)
+    def _empty(self, init_kv: Callable[[], Any], *, each: bool = False) -> Callable[[], Any]:
+        """What makes an empty state; `each`: what every core makes for itself."""
+        make = partial(functions.new_state, self.machine, init_kv)
+        return make if each else self.placement.program(make, (), STATE)
 
     def empty_state(self, init_kv: Callable[[], Any]) -> Any:
         """Its arrays, abstract."""
@@ -185,7 +191,7 @@ class Programs:
         """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs."""
         machine, dims, place = self.machine, self.machine.dims, self.placement
         params, state = place.abstract(params, place.params), self.empty_state(init_kv)
-        empty = self._empty(init_kv)
+        empty = self._empty(init_kv, each=place.cores)
         vector = self._rows(plan_size(dims))
         head = machine.model.head(params)
         edited = (state.slots, state.pages, vector)
@@ -222,8 +228,8 @@ class Programs:
                 )
                 where = self._put(self.several, (rows, greedy))
                 static = (self.limits.steps,)
-                slots = thin.GREEDY if greedy else thin.SAMPLE
-                jobs.append(Job(name, where, function, (params, state), (1,), rows, static, slots))
+                read = thin.GREEDY if greedy else thin.SAMPLE
+                jobs.append(Job(name, where, function, (params, state), (1,), rows, static, read))
         for rows, tokens in self.shapes():
             passed = self._passed(params, rows, tokens)
             if tokens and tokens not in self.score:

@@ -60,6 +60,7 @@ class Store:
         """`made_from`: whatever decides the programs besides the process's own surroundings; each
         must have a complete repr. `devices`: what they run on, all of this process without."""
         self.folder = folder
+        self._devices = devices or None
         self._base = repr((sources(), identity(devices), made_from))
 
     def _path(self, name: str, details: object) -> Path:
@@ -74,7 +75,10 @@ class Store:
         """The program, ready to be called; None where it cannot be read."""
         path = self._path(name, details)
         try:
-            program = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+            blob, ins, out = pickle.loads(path.read_bytes())
+            program = serialize_executable.deserialize_and_load(
+                blob, ins, out, execution_devices=self._devices
+            )
             os.utime(path)
         except Exception as error:  # another driver, half a file: it is compiled again
             logger.debug("the compiled program %s cannot be used: %s", path, error)

@@ -6,6 +6,7 @@ follower   join     start_runtime   agree on memory   compile, load   built   ..
 
 import dataclasses
 import hashlib
+import os
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from octavo.engine.build import Build
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.dispatch import Dispatcher
 from octavo.engine.hosts import leader_endpoint
-from octavo.engine.link import Follower, Leader, end_process
+from octavo.engine.link import Follower, HostLost, Leader, end_process
 from octavo.engine.memory import Resolved
 from octavo.engine.planning import check_workspace
 from octavo.engine.runner import choose_runner
@@ -56,6 +57,10 @@ def digest(resolved: Resolved) -> str:
 def start_runtime(config: EngineConfig) -> None:
     """jax's own runtime on every host: from here on their devices are one list."""
     host, port = leader_endpoint(config.leader)
+    if config.device in ("auto", "gpu"):
+        # Else hosts tune kernels for each other, and one that found its programs kept is not there.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_shard_autotuning=false".strip()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         f"{host}:{port + 1}",
@@ -90,7 +95,7 @@ def follow(
     config: EngineConfig,
     address: str,
     progress: Progress | None,
-    on_ready: Callable[[list[str]], None],
+    on_ready: Callable[[list[str]], object],
 ) -> None:
     """Be a host that is not the leader until that ends. Raises ConfigError with what is wrong."""
     _check_model(config)
@@ -116,7 +121,7 @@ def follow(
         raise
     except Exception as error:
         if why := follower.why(timeout=2.0):  # an end of the line explains what it broke
-            raise ConfigError(why) from error
+            raise HostLost(why) from error
         follower.trouble(f"{type(error).__name__}: {error}")
         raise
 

@@ -172,8 +172,9 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     order = jnp.argsort(expert.reshape(-1))  # stable: sorted pair -> pair
     sizes = jnp.sum(expert.reshape(-1, 1) == jnp.arange(X), axis=0, dtype=jnp.int32)
     f = config.expert_F
+    first: tuple[jax.Array, ...] = ()
     if w.layer is None:
-        first, gate_up, down = (), w.gate_up.reshape(X, -1, 2 * f), w.down
+        gate_up, down = w.gate_up.reshape(X, -1, 2 * f), w.down
     else:  # the experts of all layers, one behind another
         first, gate_up, down = (w.layer * X,), _flat(w.gate_up), _flat(w.down)
     both = ops.grouped_linear(x[order // k], gate_up, sizes, *first)

@@ -172,9 +172,10 @@ def _matrices(columns: int, sizes: Mapping[str, int], node: Any) -> Any:
         whole_blocks = columns and array_shape(t, sizes)[-1] % columns == 0
         return replace(t, columns=columns) if whole_blocks else t
 
+    flat: Any = flatten  # its leaves are Tensors, which stand for arrays
     if isinstance(node, Linear):
-        bias: Any = node.bias
-        return Linear(matrix(node.weight, 1), None if bias is None else flatten(bias, 0))
+        bias = None if node.bias is None else flat(node.bias, 0)
+        return Linear(matrix(node.weight, 1), bias)
     if isinstance(node, layers.Experts):
         router = _matrices(columns, sizes, node.router)
         gate_up, down = matrix(node.gate_up, 2), matrix(node.down, 2)

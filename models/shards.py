@@ -87,7 +87,7 @@ def check(config: ModelConfig, shards: Shards) -> None:
     if config.K % n and n % config.K:
         wrong.append(f"{config.K} key-value heads")
     if wrong:
-        fits = ", ".join(str(m) for m in range(2, 65) if _fits(config, m)) or "none"
+        fits = ", ".join(str(m) for m in range(2, 65) if fits(config, m)) or "none"
         raise ModelConfigError(
             f"{' and '.join(wrong)} cannot be cut {n} ways; sizes of `model` that fit: {fits}"
         )
@@ -97,7 +97,8 @@ def _dense(config: ModelConfig) -> bool:
     return not config.X or (bool(config.sparse) and not all(config.sparse))
 
 
-def _fits(config: ModelConfig, n: int) -> bool:
+def fits(config: ModelConfig, n: int) -> bool:
+    """Whether `model=n` can cut the model."""
     heads = config.H % n == 0 and (config.K % n == 0 or n % config.K == 0)
     dense = not _dense(config) or config.F % n == 0
     return heads and dense and config.expert_F % n == 0

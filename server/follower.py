@@ -96,8 +96,10 @@ def follow(settings: ServerSettings, config: EngineConfig, listener: socket.sock
                 return 0 if not told else 1  # still starting, or asked twice, or out of time
             time.sleep(LOOK)
         if engine.exit_code != 0:
+            if engine.exit_code == -signal.SIGABRT:
+                ended += f": jax does that when the leader, {config.leader}, is gone"
             print(f"error: {ended}", file=sys.stderr, flush=True)
-        return 0 if not engine.exit_code else engine.exit_code if engine.exit_code > 0 else 1
+        return engine.exit_code if engine.exit_code in (0, 2) else 1
     finally:
         probes.shutdown()
         engine.stop(0.0)

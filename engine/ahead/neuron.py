@@ -19,7 +19,13 @@ from octavo.backends.neuron.errors import CompilerMissing, LintError, NeuronErro
 from octavo.backends.neuron.exported import Exported
 from octavo.backends.neuron.record import record
 from octavo.backends.neuron.settings import Settings
-from octavo.engine.assemble import Progress, cache_maker, limits_of, open_model, refusals
+from octavo.engine.assemble import (
+    Progress,
+    cache_maker,
+    limits_of,
+    open_model,
+    refusals,
+)
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.memory import Resolved, resolve, size
 from octavo.engine.prepare import readable
@@ -207,6 +213,11 @@ def _sizes(wanted: Wanted) -> tuple[targets.Target, int, Resolved]:
 
 def _ranks(mesh: str) -> int:
     """The cores of a mesh such as "model=2"."""
+    if mesh == "auto":
+        raise ConfigError(
+            "`mesh` is auto, and Neuron graphs are compiled for a number of cores",
+            "use --mesh model=N, of the instance that they are for",
+        )
     sizes = dict(axis.split("=") for axis in mesh.replace(" ", "").split(",") if axis)
     others = {name: n for name, n in sizes.items() if name != "model" and n != "1"}
     if others:
@@ -220,7 +231,7 @@ def _ranks(mesh: str) -> int:
 def _jobs(target: targets.Target, resolved: Resolved) -> list[Job]:
     """The programs that the engine would compile."""
     backend = record(target, "neuron: for export")
-    machine = Machine(resolved.dims, resolved.model, backend)
+    machine = Machine(resolved.dims, resolved.model, backend, resolved.mesh)
     config = resolved.config
     programs = Programs(machine, limits_of(config, resolved), config.max_logprobs)
     params = resolved.model.abstract_params(resolved.dtype)

@@ -113,7 +113,9 @@ class Report:
         return out
 
     def _program_lines(self) -> list[str]:
-        rows = [("program", "arguments", "HBM", "in place", "temporary", "cycles", "copies")]
+        rows: list[tuple[str, ...]] = [
+            ("program", "arguments", "HBM", "in place", "temporary", "cycles", "copies")
+        ]
         for p in self.programs:
             copies = ", ".join(f"{n} of {what}" for what, n in p.copies.items()) or "none"
             held = (p.argument_bytes, p.in_place_bytes, p.temporary_bytes)

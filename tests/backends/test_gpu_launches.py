@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from octavo.backends import gpu, plain
 from octavo.backends.record import Backend
-from octavo.engine import programs
+from octavo.engine import functions
 from octavo.engine.plan import plan_size
 from octavo.engine.state import Dims, PageGroup
 from octavo.engine.step import Machine
@@ -97,8 +97,8 @@ def launches(layers: int, rows: int, packed: int, tokens: int = 0) -> int:
         heads, size = model.attention[1:]
         return plain.init_cache(model.layer_specs, [64], 64, heads, size, jnp.bfloat16)
 
-    state = jax.eval_shape(lambda: programs.new_state(machine, cache))
-    step = jax.jit(programs._forward(machine, rows, tokens), donate_argnums=(1,))
+    state = jax.eval_shape(lambda: functions.new_state(machine, cache))
+    step = jax.jit(functions.forward(machine, rows, tokens), donate_argnums=(1,))
     plan = (jax.ShapeDtypeStruct((1, plan_size(dims)), jnp.int32),) if tokens else ()
     arguments = there((model.abstract_params(jnp.bfloat16), state, *plan))
     with jax.set_mesh(mesh):

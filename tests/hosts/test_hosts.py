@@ -1,6 +1,6 @@
 """Two processes are one engine: the same tokens, one order a step, and one end for both.
 
-OCTAVO_HOSTS_FULL=1 adds four processes, and SmolLM2 on two.
+OCTAVO_HOSTS_FULL=1 adds four processes, SmolLM2 on three, and other ways to end.
 """
 
 import json
@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -21,7 +22,7 @@ from tests.server.tiny_model import write_tiny_model
 
 FULL = bool(os.environ.get("OCTAVO_HOSTS_FULL"))
 full = pytest.mark.skipif(not FULL, reason="OCTAVO_HOSTS_FULL=1 runs it")
-SIZES = {"max_model_len": 4096, "max_num_seqs": 2, "max_num_batched_tokens": 32, "num_pages": 520}
+SIZES = {"max_model_len": 4096, "max_num_seqs": 1, "max_num_batched_tokens": 32, "num_pages": 260}
 SMALL = {**SIZES, "dtype": "float32"}
 LAYERS, WIDTH, HEADS = 2, 32, 4
 LOST_WITHIN = 30.0  # seconds
@@ -33,7 +34,7 @@ REQUESTS = (
 )
 
 
-def flags(settings: dict[str, object]) -> list[str]:
+def flags(settings: dict[str, Any]) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
 
 
@@ -74,7 +75,7 @@ def answers(cluster: Cluster) -> list[str]:
     return out
 
 
-def expected(model: str, settings: dict[str, object]) -> list[str]:
+def expected(model: str, settings: dict[str, Any]) -> list[str]:
     """The same of one process with one device."""
     llm = octavo.LLM(model=model, **settings)
     try:
@@ -169,8 +170,8 @@ def test_followers_end_cleanly_with_their_leader_and_with_one_that_is_killed(
 
     cluster = until_ready(start(str(model), 2, tmp_path, *settings))
     cluster.leader.process.kill()
-    assert cluster.ended(1) != 0
-    assert "the leader at 127.0.0.1" in cluster.log(1)
+    assert cluster.ended(1) == 1
+    assert "is gone" in cluster.log(1)
 
 
 @full
@@ -197,9 +198,10 @@ def test_four_hosts_give_the_tokens_of_one(model, tmp_path) -> None:
 
 
 @full
-def test_two_hosts_give_the_tokens_of_one_with_smollm2(tmp_path) -> None:
+def test_three_hosts_give_the_tokens_of_one_with_smollm2(tmp_path) -> None:
+    """Three, because it has nine heads."""
     settings = {**SIZES, "max_model_len": 512, "num_pages": 70, "dtype": "float32"}
-    cluster = start("smollm2-135m", 2, tmp_path, *flags(settings), "--mesh=model=2")
+    cluster = start("smollm2-135m", 3, tmp_path, *flags(settings), "--mesh=model=3")
     try:
         assert answers(until_ready(cluster)) == expected("smollm2-135m", settings)
     finally:

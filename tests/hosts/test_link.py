@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -32,7 +33,7 @@ class Team:
         """Every end's part of a meeting; an error is a result."""
         results: list[object] = [None] * len(work)
 
-        def one(index: int, call: object) -> None:
+        def one(index: int, call: Any) -> None:
             try:
                 results[index] = call()
             except Exception as error:

@@ -1,5 +1,7 @@
 """Which host this is: flags, then the environment, then the launcher's own variables."""
 
+from typing import Any
+
 import pytest
 
 from octavo.engine.config import ConfigError, EngineConfig
@@ -10,7 +12,7 @@ SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST"
 TPU = {"TPU_WORKER_HOSTNAMES": "t-0.svc,t-1.svc", "TPU_WORKER_ID": "1"}
 
 
-def config(**more: object) -> EngineConfig:
+def config(**more: Any) -> EngineConfig:
     return EngineConfig(**{"mesh": "model=8"} | more)
 
 

@@ -41,7 +41,7 @@ def test_stacks_hold_the_layers_of_the_checkpoint(name: str) -> None:
     tensors = checkpoint(plain)
     one = load_params(plain, tensors.__getitem__, tensors, np.float32)
     other = load_params(stacked, tensors.__getitem__, tensors, np.float32)
-    assert isinstance(other.layers, Stacks)
+    assert isinstance(other.layers, Stacks) and not isinstance(one.layers, Stacks)
     assert len(other.layers.rest) == (2 if name.startswith("a last") else 0)
     for want, got in zip(one.layers, other.layers.each(), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.reshape(b.shape), b), want, got)
