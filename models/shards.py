@@ -87,9 +87,9 @@ def check(config: ModelConfig, shards: Shards) -> None:
     if config.K % n and n % config.K:
         wrong.append(f"{config.K} key-value heads")
     if wrong:
-        fits = ", ".join(str(m) for m in range(2, 65) if fits(config, m)) or "none"
+        sizes = ", ".join(str(m) for m in range(2, 65) if fits(config, m)) or "none"
         raise ModelConfigError(
-            f"{' and '.join(wrong)} cannot be cut {n} ways; sizes of `model` that fit: {fits}"
+            f"{' and '.join(wrong)} cannot be cut {n} ways; sizes of `model` that fit: {sizes}"
         )
 
 
