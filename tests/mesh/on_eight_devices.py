@@ -14,7 +14,9 @@ import pytest
 
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.engine.mesh import Placement, make_mesh
 from octavo.engine.messages import Logprobs
+from octavo.models.tensors import Tensor, kept
 from tests.engine.tiny import Client
 from tests.models.check import prompt
 from tests.models.tiny import FAMILIES, tiny_model
@@ -168,6 +170,19 @@ def test_no_device_holds_more_than_its_part(eighths) -> None:
     for weight, axis in ((layer.attention.qkv.weight, 1), (layer.mlp.down.weight, 0)):
         part = weight.addressable_shards[0].data.shape
         assert part[axis] * 8 == weight.shape[axis]
+
+
+def test_a_flat_matrix_is_cut_before_it_is_laid_out() -> None:
+    place = Placement(make_mesh({"model": 4}, jax.devices()), None)
+    gate_up = np.arange(6 * 2 * 64, dtype=np.float32).reshape(6, 2, 64)
+    for columns, shape in ((0, (6, 128)), (8, (16, 6, 8))):
+        tensor = Tensor("E 2 F", (), flat=2, columns=columns)
+        put = place.put_weight(gate_up, tensor)
+        assert put.shape == shape
+        for rank, device in enumerate(place.mesh.devices.flat):
+            (shard,) = (s for s in put.addressable_shards if s.device == device)
+            mine = gate_up[:, :, 16 * rank : 16 * (rank + 1)]
+            np.testing.assert_array_equal(shard.data, kept(tensor, mine))
 
 
 def test_a_second_start_finds_the_programs_of_its_mesh_and_no_others(checkpoints, tmp_path) -> None:
