@@ -12,12 +12,11 @@ the model is a file or a package that is installed.
 import argparse
 import gc
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from octavo import LLM, SamplingParams
+import octavo
 from octavo.bench.common import Row, Spread, report
 
 ROWS = Path(__file__).resolve().parent.parent / "tests" / "golden" / "greedy.json"
@@ -61,11 +60,14 @@ def answers(
     model: str, device: str, dtype: str, rows: list[dict[str, Any]]
 ) -> list[tuple[list[int], list[dict[int, float]]]]:
     """Each row's tokens, and for each of them the log probabilities of the likeliest two."""
+    jax = import_module("jax")  # no sooner: --help is quick
     jax.config.update("jax_default_matmul_precision", "highest" if dtype == "float32" else None)
     out = []
-    with LLM(model, device=device, dtype=dtype, **SETTINGS) as llm:
+    with octavo.LLM(model, device=device, dtype=dtype, **SETTINGS) as llm:
         for row in rows:
-            params = SamplingParams(temperature=0, max_tokens=len(row["output_ids"]), logprobs=2)
+            params = octavo.SamplingParams(
+                temperature=0, max_tokens=len(row["output_ids"]), logprobs=2
+            )
             ask = llm.chat if "chat" in row else llm.generate
             [answer] = ask(row.get("chat") or row["prompt"], params, use_tqdm=False)
             one = answer.outputs[0]
