@@ -173,7 +173,8 @@ def test_no_device_holds_more_than_its_part(eighths) -> None:
 
 
 def test_a_flat_matrix_is_cut_before_it_is_laid_out() -> None:
-    place = Placement(make_mesh({"model": 4}, jax.devices()), None)
+    no_model: Any = None
+    place = Placement(make_mesh({"model": 4}, jax.devices()), no_model)
     gate_up = np.arange(6 * 2 * 64, dtype=np.float32).reshape(6, 2, 64)
     for columns, shape in ((0, (6, 128)), (8, (16, 6, 8))):
         tensor = Tensor("E 2 F", (), flat=2, columns=columns)
