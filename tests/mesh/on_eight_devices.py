@@ -186,6 +186,7 @@ def test_a_flat_matrix_is_cut_before_it_is_laid_out() -> None:
             np.testing.assert_array_equal(shard.data, kept(tensor, mine))
 
 
+@pytest.mark.usefixtures("without_the_cache_of_jax")
 def test_a_second_start_finds_the_programs_of_its_mesh_and_no_others(checkpoints, tmp_path) -> None:
     folder, _ = checkpoints("llama")
     few = {"max_num_seqs": 1, "num_pages": 0, "max_num_batched_tokens": 8}
