@@ -10,6 +10,7 @@ from typing import Any
 
 from octavo.backends.record import Backend
 from octavo.engine.config import ConfigError, EngineConfig, parse_mesh
+from octavo.engine.mesh import shards_of
 from octavo.models.config import ModelConfig
 from octavo.models.load import param_bytes
 from octavo.models.registry import build
@@ -67,7 +68,7 @@ def _choose(
 
 
 def _describe(sizes: Mapping[str, int], facts: ModelConfig, why: str) -> str:
-    shards = Shards(model=sizes.get("model", 1), expert=sizes.get("expert", 1))
+    shards = shards_of(sizes)
     if shards.count == 1:
         return f"one device ({why})" if why else ""
     parts = [", ".join(f"{axis}={n}" for axis, n in sizes.items())]

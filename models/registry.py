@@ -81,15 +81,15 @@ class Model:
     @property
     def sizes(self) -> dict[str, int]:
         """The letters of the shapes of parameters; R shards, L layers of a stack."""
-        return self.whole.sizes | {"R": self.shards.count, "L": self._loops}
+        return self.whole.sizes | {"R": self.shards.count, "L": self.loops}
 
     @property
     def local_sizes(self) -> dict[str, int]:
         """The same for what one shard has."""
-        return self.local.sizes | {"R": 1, "L": self._loops}
+        return self.local.sizes | {"R": 1, "L": self.loops}
 
     @property
-    def _loops(self) -> int:
+    def loops(self) -> int:
         return len(self.layer_specs) // self.period
 
 
