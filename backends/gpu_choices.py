@@ -3,7 +3,7 @@
 The defaults are what was measured to be the fastest (bench/gpu-notes.md). The environment variable
 OCTAVO_GPU overrides them for a measurement, by names and values with commas between:
 
-    OCTAVO_GPU="cublas_from=1000000,ids_ahead=1,xla_gpu_autotune_level=4"
+    OCTAVO_GPU="cublas_from=1000000,tile=32,xla_gpu_autotune_level=4"
 """
 
 from dataclasses import dataclass, fields, replace
@@ -25,7 +25,10 @@ class Choices:
     # Tokens from which XLA's own matrix products are behind cuBLAS's, and cost longer to compile.
     cublas_from: int = 128
     # Decode rows up to which queries and keys are normed and turned inside the decode kernel.
-    packed: int = 0
+    packed: int = 128
+    # Decode rows up to which an addition and the norm behind it are one kernel.
+    normed: int = 64
+    steps: int = 1  # decode steps in one program for models that are not small
     tuning: Tuning = Tuning()
     xla: tuple[tuple[str, Value], ...] = ()  # options of XLA, for every program
 
@@ -43,7 +46,7 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
     if name.startswith("xla_"):
         return replace(choices, xla=(*choices.xla, (name, _value(value))))
     tuning = choices.tuning
-    if name in ("cublas_from", "packed"):
+    if name in ("cublas_from", "packed", "normed", "steps"):
         given: dict[str, Any] = {name: _number(name, value)}
         return replace(choices, **given)
     if name == "write_with_rows":
@@ -59,6 +62,8 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
     known = [
         "cublas_from",
         "packed",
+        "normed",
+        "steps",
         "write_with_rows",
         *_names(DecodeTuning),
         *_names(HopperTuning),

@@ -40,6 +40,7 @@ NOTHING = -1e30  # a maximum over no logits; finite, so that differences never m
 ROWS = 16  # the smallest M of a tensor core product
 MOST_HEADS = 64  # query heads of one key-value head: more rows than that spill
 FINER = 4  # times the parts, where rows differ much
+ENOUGH = 2048  # merging programs that fill the card
 FEW = 1024  # results, below which a merge has multiprocessors to spare
 EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
 
@@ -51,10 +52,7 @@ class DecodeTuning:
     tile: int = 64  # tokens of one iteration
     parts: int = 528  # programs that fill the card: 132 multiprocessors x 4 resident
     warps: int = 4
-    prefetch: bool = False  # the next tile in registers before this one is used
-    ids_ahead: bool = False  # the next tile's places known before this one is used
     merged: int = 16  # parts that one merge iteration reads: registers decide who is resident
-    spread: bool = False  # few rows: merge 32 columns a program, and up to 64 parts at once
 
 
 DECODE = DecodeTuning()
@@ -263,18 +261,19 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
     k_scale, v_scale = _scales(c, given, head)
     stream = _gather if c.interpret else _stream
     tile = c.tuning.tile
-    row = parts_ref[jnp.minimum(part, c.parts - 1), 0]
+    safe = jnp.minimum(part, c.parts - 1)
+    row, low, high, kind = (parts_ref[safe, i] for i in range(4))  # all before the first is used
 
     @pl.when((part < c.parts) & (row < table_ref.shape[0]))
     def _():
-        low, high, kind = parts_ref[part, 1], parts_ref[part, 2], parts_ref[part, 3]
         heads = head * c.G + jnp.minimum(jnp.arange(c.rows), c.G - 1)
-        load_row = _load_turned if c.turned else _load_ready
-        q, k_new, v_new = load_row(c, sources, row, head)  # [rows, D], [D], [D]
 
         def place(i):
             t = jnp.minimum(low + i * tile + jnp.arange(tile), jnp.maximum(high - 1, 0))
             return (table_ref[row, t >> log2(c.S)] * c.K + head) * c.S + (t & (c.S - 1))
+
+        load_row = _load_turned if c.turned else _load_ready
+        q, k_new, v_new = load_row(c, sources, row, head)  # [rows, D], [D], [D]
 
         def load(where):
             return stream(k_pages, where), stream(v_pages, where)  # [tile, D] each
@@ -295,19 +294,9 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
         def step(i, carry):
             return attend(i, carry, *load(place(i)))
 
-        def step_ahead(i, carry):
-            ahead = load(place(i + 1))
-            return (*attend(i, carry[:3], *carry[3:]), *ahead)
-
-        def step_knowing(i, carry):
-            tiles = load(carry[3])
-            ahead = place(i + 1)
-            return (*attend(i, carry[:3], *tiles), ahead)
-
         sink = given[0][heads] * LOG2E if c.sinks else None
         k_new = kept(k_new, k_scale, k_out.dtype)
         v_new = kept(v_new, v_scale, v_out.dtype)
-        new = _new_token(c, kind & 1, q, k_new, v_new, sink, k_scale)
 
         @pl.when(kind & 1 == 1)
         def store_new_token():
@@ -315,14 +304,11 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
             k_out[where] = k_new
             v_out[where] = v_new
 
-        turns = pl.cdiv(high - low, tile)
-        if c.tuning.prefetch:
-            carry = lax.fori_loop(0, turns, step_ahead, (*new, *load(place(0))))
-        elif c.tuning.ids_ahead:
-            carry = lax.fori_loop(0, turns, step_knowing, (*new, place(0)))
-        else:
-            carry = lax.fori_loop(0, turns, step, new)
-        acc, top, total = carry[:3]
+        nothing = jnp.full((c.rows,), NOTHING, jnp.float32)
+        start = (jnp.zeros(q.shape, jnp.float32), nothing, jnp.zeros_like(nothing))
+        cached = lax.fori_loop(0, pl.cdiv(high - low, tile), step, start)
+        # The new token joins last: its loads have ended long before, and nothing waits for them.
+        acc, top, total = _new_token(c, kind & 1, q, k_new, v_new, sink, k_scale, cached)
         if v_scale is not None:
             acc = acc * v_scale
 
@@ -363,28 +349,32 @@ def _where(c: _Static, dest, head):
     return ((dest >> log2(c.S)) * c.K + head) * c.S + (dest & (c.S - 1))
 
 
-def _new_token(c: _Static, last, q, k, v, sink, k_scale):
-    """Begin the softmax with the row's new key and value, as kept, if this part is the last."""
+def _new_token(c: _Static, last, q, k, v, sink, k_scale, carry):
+    """Add the row's new key and value, as kept, to a softmax, if this part is the row's last."""
+    acc, top, total = carry
     x = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32)[None, :], axis=1)
-    x = cap(x * _unit(c, k_scale), c.softcap)
-    peak = x if sink is None else jnp.maximum(x, sink)
-    top = jnp.where(last == 1, peak, NOTHING)
-    weight = jnp.ones_like(x) if sink is None else jnp.exp2(x - peak)
-    weight = jnp.where(last == 1, weight, 0.0)
-    total = weight if sink is None else weight + jnp.where(last == 1, jnp.exp2(sink - peak), 0.0)
-    acc = jnp.broadcast_to(v.astype(jnp.float32)[None, :], q.shape) * weight[:, None]
-    return acc, top, total
+    x = jnp.where(last == 1, cap(x * _unit(c, k_scale), c.softcap), NOTHING)
+    peak = jnp.maximum(top, x)
+    if sink is not None:
+        peak = jnp.where(last == 1, jnp.maximum(peak, sink), peak)
+    weight, shrink = jnp.where(last == 1, jnp.exp2(x - peak), 0.0), jnp.exp2(top - peak)
+    total = total * shrink + weight
+    if sink is not None:
+        total = total + jnp.where(last == 1, jnp.exp2(sink - peak), 0.0)
+    acc = acc * shrink[:, None] + v.astype(jnp.float32)[None, :] * weight[:, None]
+    return acc, peak, total
 
 
-def _merge_kernel(rows_ref, acc_ref, max_ref, sum_ref, y_in, y_ref, *, merged, columns):
-    """Join the parts of one (row, query head), some columns; rows of one part are done, idle rows
+def _merge_kernel(rows_ref, acc_ref, max_ref, sum_ref, y_in, y_ref, *, merged, columns, heads):
+    """Join the parts of a row's query heads, some columns; rows of one part are done, idle rows
     become zero."""
-    row, head = pl.program_id(0), pl.program_id(1)
+    row, first_head = pl.program_id(0), pl.program_id(1) * heads
     first, count = rows_ref[row, 0], rows_ref[row, 1]
     mine = pl.ds(pl.program_id(2) * columns, columns)
 
-    @pl.when(count != 1)
-    def _():
+    def one_head(i, carry):
+        head = first_head + i
+
         def join(i, carry):
             acc, top, total = carry
             index = i * merged + jnp.arange(merged)
@@ -399,6 +389,11 @@ def _merge_kernel(rows_ref, acc_ref, max_ref, sum_ref, y_in, y_ref, *, merged, c
         start = (jnp.zeros((columns,), jnp.float32), jnp.float32(NOTHING), jnp.float32(0))
         acc, _, total = lax.fori_loop(0, pl.cdiv(count, merged), join, start)
         y_ref[row, head, mine] = (acc / jnp.maximum(total, 1e-30)).astype(y_ref.dtype)
+        return carry
+
+    @pl.when(count != 1)
+    def _():
+        lax.fori_loop(0, heads, one_head, 0)
 
 
 def decode(
@@ -501,16 +496,25 @@ def _decode(
         aliases={first: 1, first + 1: 2}, warps=tuning.warps, name="paged_decode",
         interpret=interpret,
     )  # fmt: skip
-    spread = tuning.spread and R * H <= FEW
-    merged, columns = (64, 32) if spread else (tuning.merged, D)
+    # Few results: 32 columns a program, many parts at once. Many: several heads a program.
+    merged, columns = (64, 32) if R * H <= FEW else (tuning.merged, D)
+    heads = _heads_together(R, H)
     y = _call(
-        functools.partial(_merge_kernel, merged=merged, columns=columns),
-        (R, H, D // columns),
+        functools.partial(_merge_kernel, merged=merged, columns=columns, heads=heads),
+        (R, H // heads, D // columns),
         (plan.rows, acc, top, total, y),
         result,
         aliases={4: 0}, warps=2, name="merge_decode", interpret=interpret,
     )  # fmt: skip
     return y, KV(k=k_flat.reshape(P, K, S, D), v=v_flat.reshape(P, K, S, D))
+
+
+def _heads_together(R: int, H: int) -> int:
+    """Query heads of one merging program: most rows have nothing to merge, and a start costs."""
+    heads = 1
+    while H % (2 * heads) == 0 and R * H // (2 * heads) >= ENOUGH:
+        heads *= 2
+    return heads
 
 
 def _call(body, grid, arguments, out_shape, *, aliases, warps, name, interpret) -> Any:
