@@ -28,7 +28,6 @@ class Choices:
     packed: int = 128
     # Decode rows up to which an addition and the norm behind it are one kernel.
     normed: int = 64
-    steps: int = 1  # decode steps in one program for models that are not small
     tuning: Tuning = Tuning()
     xla: tuple[tuple[str, Value], ...] = ()  # options of XLA, for every program
 
@@ -46,11 +45,9 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
     if name.startswith("xla_"):
         return replace(choices, xla=(*choices.xla, (name, _value(value))))
     tuning = choices.tuning
-    if name in ("cublas_from", "packed", "normed", "steps"):
+    if name in ("cublas_from", "packed", "normed"):
         given: dict[str, Any] = {name: _number(name, value)}
         return replace(choices, **given)
-    if name == "write_with_rows":
-        return replace(choices, tuning=replace(tuning, write_with_rows=bool(_number(name, value))))
     if name in _names(DecodeTuning):
         given = {name: _like(tuning.decode, name, value)}
         decode = replace(tuning.decode, **given)
@@ -59,15 +56,7 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
         given = {name: _like(tuning.hopper, name, value)}
         hopper = replace(tuning.hopper, **given)
         return replace(choices, tuning=replace(tuning, hopper=hopper))
-    known = [
-        "cublas_from",
-        "packed",
-        "normed",
-        "steps",
-        "write_with_rows",
-        *_names(DecodeTuning),
-        *_names(HopperTuning),
-    ]
+    known = ["cublas_from", "packed", "normed", *_names(DecodeTuning), *_names(HopperTuning)]
     raise BackendError(
         f"{VARIABLE} names `{name}`; there are {', '.join(dict.fromkeys(known))} and xla_..."
     )

@@ -107,7 +107,6 @@ class Backend:
     small_model: int = 0
     small_rows: tuple[int, ...] = (1,)
     small_steps: int = 1
-    large_steps: int = 1  # the same for models that are not small, whose row buckets stay
     whole_steps: bool = False  # a decode step is one program: forward and sampling together
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device

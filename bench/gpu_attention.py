@@ -92,7 +92,6 @@ PREFILL_VARIANTS: Variants = {
     "default": (Tuning(), BF16),
     "not early": (Tuning(hopper=HopperTuning(early=False)), BF16),
     "not peeled": (Tuning(hopper=HopperTuning(peeled=False)), BF16),
-    "written with rows": (Tuning(write_with_rows=True), BF16),
     "fp8 by Triton": (Tuning(), "float8_e4m3fn"),
 }
 

@@ -193,7 +193,7 @@ def _form(backend: Backend) -> dict[str, Any]:
 def _rows(backend: Backend, seqs: int, weights: int) -> tuple[tuple[int, ...], int]:
     """The row buckets, and the decode steps in a program."""
     if weights >= backend.small_model:
-        return backend.row_buckets(seqs), backend.large_steps
+        return backend.row_buckets(seqs), 1
     return (*(rows for rows in backend.small_rows if rows < seqs), seqs), backend.small_steps
 
 

@@ -191,9 +191,6 @@ class _Static:
     tuning: DecodeTuning
     sinks: bool
     scaled: bool
-    chunk: int  # tokens that one writing program stores; 0: others write
-    base: int  # where the chunks' tokens begin
-    parts: int
     interpret: bool
     turned: "Turned | None" = None  # what there is are projections, not queries and keys
 
@@ -261,10 +258,9 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
     k_scale, v_scale = _scales(c, given, head)
     stream = _gather if c.interpret else _stream
     tile = c.tuning.tile
-    safe = jnp.minimum(part, c.parts - 1)
-    row, low, high, kind = (parts_ref[safe, i] for i in range(4))  # all before the first is used
+    row, low, high, kind = (parts_ref[part, i] for i in range(4))  # all before the first is used
 
-    @pl.when((part < c.parts) & (row < table_ref.shape[0]))
+    @pl.when(row < table_ref.shape[0])
     def _():
         heads = head * c.G + jnp.minimum(jnp.arange(c.rows), c.G - 1)
 
@@ -321,16 +317,6 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
             acc_ref[part, heads] = acc
             max_ref[part, heads] = top
             sum_ref[part, heads] = total
-
-    if c.chunk:
-
-        @pl.when(part >= c.parts)
-        def _():
-            token = c.base + (part - c.parts) * c.chunk + jnp.arange(c.chunk)
-            token = jnp.minimum(token, dest_ref.shape[0] - 1)  # the tail repeats the last token
-            where, (_, k_ref, v_ref) = _where(c, dest_ref[token], head), sources
-            k_out[where] = kept(k_ref[token, head], k_scale, k_out.dtype)
-            v_out[where] = kept(v_ref[token, head], v_scale, v_out.dtype)
 
 
 def _scales(c: _Static, given, head):
@@ -409,19 +395,18 @@ def decode(
     sinks: jax.Array | None = None,
     kv_scales: jax.Array | None = None,
     tuning: DecodeTuning = DECODE,
-    write_chunks: int = 0,
     interpret: bool = False,
 ) -> tuple[jax.Array, KV]:
     """Write the rows' new tokens and attend: q [N, H, D], k, v [N, K, D] -> y [N, H, D], cache.
 
     Only the first R tokens, the rows', are read and written; the rest of y is whatever was there.
-    The cache is updated in place where the caller gives it up. `write_chunks`: also store the other
-    tokens, so many a program. sinks f32[H], kv_scales f32[2, K] as in reference.py.
+    The cache is updated in place where the caller gives it up. sinks f32[H], kv_scales f32[2, K] as
+    in reference.py.
     """
     static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
     return _decode(
         (q, k, v), q.shape, cache, batch, **static, given=(sinks, kv_scales), tuning=tuning,
-        write_chunks=write_chunks, interpret=interpret, turned=None,
+        interpret=interpret, turned=None,
     )  # fmt: skip
 
 
@@ -453,7 +438,7 @@ def decode_packed(
     static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
     return _decode(
         sources, (N, K * (J - 2), D), cache, batch, **static, given=(sinks, kv_scales),
-        tuning=tuning, write_chunks=0, interpret=interpret, turned=turned,
+        tuning=tuning, interpret=interpret, turned=turned,
     )  # fmt: skip
 
 
@@ -468,11 +453,10 @@ def _decode(
     softcap: float,
     given: tuple[jax.Array | None, jax.Array | None],
     tuning: DecodeTuning,
-    write_chunks: int,
     interpret: bool,
     turned: Turned | None,
 ) -> tuple[jax.Array, KV]:
-    (N, H, D), (P, K, S, _), R = shape, cache.k.shape, batch.table.shape[0]
+    (_, H, D), (P, K, S, _), R = shape, cache.k.shape, batch.table.shape[0]
     target = max(1, tuning.parts // K)
     plan = plan_decode(batch, window=window, tile=tuning.tile, target=target)
     W, flat = plan.parts.shape[0], (P * K * S, D)
@@ -480,15 +464,14 @@ def _decode(
     c = _Static(
         G=H // K, K=K, S=S, rows=max(ROWS, 1 << (H // K - 1).bit_length()), scale=scale,
         softcap=softcap, tuning=tuning, sinks=given[0] is not None, scaled=given[1] is not None,
-        chunk=write_chunks, base=R, parts=W, interpret=interpret, turned=turned,
+        interpret=interpret, turned=turned,
     )  # fmt: skip
     there = [x for x in given if x is not None]
     first = 3 + len(sources) + len(there)  # where the pages are among the arguments
-    writers = pl.cdiv(N - R, write_chunks) if write_chunks else 0
     result = jax.ShapeDtypeStruct(shape, sources[0].dtype)
     y, k_flat, v_flat, acc, top, total = _call(
         functools.partial(_kernel, c),
-        (K, W + writers),
+        (K, W),
         (plan.parts, batch.table, batch.dest, *sources, *there,
          cache.k.reshape(flat), cache.v.reshape(flat)),
         (result, jax.ShapeDtypeStruct(flat, cache.k.dtype),

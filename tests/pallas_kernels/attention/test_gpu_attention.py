@@ -85,13 +85,6 @@ def test_many_query_heads_share_one_key_value_head() -> None:
     assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
 
 
-def test_programs_of_the_decode_kernel_can_store_the_chunks_tokens() -> None:
-    attend = functools.partial(gpu.attend, interpret=True, tuning=gpu.Tuning(write_with_rows=True))
-    batch, got, want, pages, wanted = run(CASES["mixed"], "float32", attend)
-    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
-    assert jnp.array_equal(pages.k[1:], wanted.k[1:]) and jnp.array_equal(pages.v[1:], wanted.v[1:])
-
-
 @pytest.mark.parametrize("target", [1, 4, 32])
 def test_any_number_of_parts_gives_the_same_rows(target: int) -> None:
     def split(*args: Any, **static: Any) -> Any:
