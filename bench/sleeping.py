@@ -18,6 +18,7 @@ from octavo.engine.host import Flight, Host, Launch, Limits
 from octavo.engine.masks import Masks
 from octavo.engine.messages import AddRequest
 from octavo.engine.sampling_params import SamplingParams
+from octavo.engine.sequence import Sequence
 from octavo.engine.state import FINISHED, LIVE
 from octavo.engine.step import taken_capacity
 from octavo.engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -46,7 +47,7 @@ class SleepingDevice:
         self.done = 0.0  # when the last dispatched step is
 
     def begin(self, launch: Launch) -> Any:
-        draft, flight = launch.draft, launch.flight
+        draft, flight = launch.parts[0].draft, launch.flight
         self.active[draft.stops] = False
         for src, dst in draft.moves:
             for array in (self.active, self.length, self.limit):
@@ -83,20 +84,23 @@ class SleepingDevice:
         flight.result = [flags.astype(np.int32), length, taken]
         return flight
 
-    def finish(self, launch: Launch, passed: Flight | None, host: Host) -> None:
+    def finish(self, launch: Launch, passed: Flight | None, lanes: list[Host]) -> None:
         if passed is None:
             return
-        mask = self.masks.build(host, passed) if launch.masked else None
+        mask = self.masks.build(lanes[0], passed) if launch.masked else None
         self.done = max(self.done, time.perf_counter())
         passed.result += [mask, self.done]
 
-    def read(self, flight: Flight, *, behind: int) -> Rows | None:
+    def read(self, flight: Flight, *, behind: int) -> list[Rows] | None:
         if flight.result is None:
             return None
         flags, length, taken, mask, done = flight.result
         token = np.full(flight.rows, 100, np.int32) if mask is None else first_allowed(mask)
         time.sleep(max(0.0, done - time.perf_counter()))
-        return Rows(np.stack([flags, token, np.zeros_like(token), length]), taken)
+        return [Rows(np.stack([flags, token, np.zeros_like(token), length]), taken)]
+
+    def take_stuck(self) -> list[tuple[Sequence, str]]:
+        return self.masks.take_stuck()
 
     def rebuild(self) -> None:
         raise NotImplementedError("a step failed, which this bench does not expect")

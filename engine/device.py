@@ -17,6 +17,7 @@ from octavo.engine.plan import CHUNKS, Packer
 from octavo.engine.programs import forward_key
 from octavo.engine.reader import Reader
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
+from octavo.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ class Device:
         self.head = parts.resolved.model.head(parts.params)
         self._close = parts.backend.close
         self.packer = Packer(limits.dims)
-        self.masks = Masks(limits.dims.vocab)
         self.programs = build.programs()
         self.put = self.programs.placement.put
         self.compile_seconds = build.seconds
@@ -45,6 +45,9 @@ class Device:
             self.state = self.programs.empty()
             jax.block_until_ready(self.state)
         self._compiled = WATCH.unexpected
+        mesh = parts.resolved.mesh
+        lanes = 1 if mesh is None else mesh.shape["data"]
+        self.masks = [Masks(limits.dims.vocab) for _ in range(lanes)]
 
     @property
     def compiles_after_ready(self) -> int:
@@ -53,15 +56,15 @@ class Device:
 
     def begin(self, launch: Launch) -> Any:
         """Edit the state and dispatch the forward pass."""
-        vector = None
-        if launch.tokens or launch.draft.edits():
-            vector = self.put(self.packer.pack(launch.draft)[None])
-        if launch.draft.edits():
+        vector, edits = None, launch.edits
+        if launch.tokens or edits:
+            vector = self.put(stack([self.packer.pack(part.draft) for part in launch.parts]))
+        if edits:
             slots, pages = self.programs.edit(self.state.slots, self.state.pages, vector)
             self.state = replace(self.state, slots=slots, pages=pages)
         if not launch.rows:
             return None
-        if launch.followers:
+        if launch.several:
             several = self.programs.several[launch.rows, launch.greedy]
             self.state, *launch.flight.result = several(self.params, self.state)
             return None
@@ -71,21 +74,21 @@ class Device:
         launch.flight.result = (taken,)
         return passed
 
-    def finish(self, launch: Launch, passed: Any, host: Host) -> None:
+    def finish(self, launch: Launch, passed: Any, lanes: list[Host]) -> None:
         """Dispatch sampling, and start the copies to the host."""
-        flight = launch.flight
+        flight, flights = launch.flight, [part.flight for part in launch.parts]
         if passed is not None:
             if launch.scored:
-                targets = self.put(self._targets(host, flight)[None])
-                named = self.put(named_of_chunks(flight)[None])
+                targets = self.put(stack(list(map(self._targets, lanes, flights))))
+                named = self.put(stack(list(map(named_of_chunks, flights))))
                 score = self.programs.score[launch.tokens]
                 flight.scores = score(self.head, passed.chunk_hidden, targets, named)
             passed = replace(passed, chunk_hidden=None)
             arguments = (self.head, self.state.slots, passed)
             if launch.rich or launch.masked:
-                mask = self.put(self.masks.build(host, flight)[None])
+                mask = self.put(stack(list(map(Masks.build, self.masks, lanes, flights))))
             if launch.rich:
-                named = self.put(named_of_rows(flight)[None])
+                named = self.put(stack(list(map(named_of_rows, flights))))
                 rich = self.programs.rich[launch.rows]
                 slots, packed, flight.rich = rich(*arguments, mask, named)
             elif launch.masked:
@@ -98,6 +101,10 @@ class Device:
             flight.result = (packed, *flight.result)
         self.reader.expect((flight.result, flight.rich, flight.scores))
 
+    def take_stuck(self) -> list[tuple[Sequence, str]]:
+        """Sequences for which no token is left to choose, and why."""
+        return [each for masks in self.masks for each in masks.take_stuck()]
+
     def _targets(self, host: Host, flight: Flight) -> np.ndarray:
         """i32[2, T] the token that follows each chunk token, and its chunk."""
         targets = np.zeros((2, flight.tokens), np.int32)
@@ -109,27 +116,34 @@ class Device:
             at += count
         return targets
 
-    def read(self, flight: Flight, *, behind: int) -> Rows | None:
-        """A flight's results, on the host; None where it only edited."""
+    def read(self, flight: Flight, *, behind: int) -> list[Rows] | None:
+        """The results of a step by lane, on the host; None where it only edited.
+
+        flight: the first lane's.
+        """
         if flight.parts > 1:
             return self._read_part(flight, behind)
         if flight.result is None:
             return None
         arrays = (flight.result, flight.rich, flight.scores)
         (packed, taken), rich, scores = self.reader.read(arrays, behind=behind)
-        return Rows(
-            packed[0],
-            taken[0],
-            tuple(a[0] for a in rich) if rich else (),
-            tuple(a[0] for a in scores) if scores else (),
-        )
+        return [
+            Rows(
+                packed[lane],
+                taken[lane],
+                tuple(a[lane] for a in rich) if rich else (),
+                tuple(a[lane] for a in scores) if scores else (),
+            )
+            for lane in range(len(packed))
+        ]
 
-    def _read_part(self, flight: Flight, behind: int) -> Rows:
+    def _read_part(self, flight: Flight, behind: int) -> list[Rows]:
         """One step of a program that held several: the first brings the results of all."""
         if flight.leader is None:
             flight.result = self.reader.read(flight.result, behind=behind)
         packed, taken = (flight.leader or flight).result
-        return Rows(packed[0, flight.part], taken[0, flight.part])
+        part = flight.part
+        return [Rows(packed[lane, part], taken[lane, part]) for lane in range(len(packed))]
 
     def rebuild(self) -> None:
         """An empty state in place of one that a failed step took with it."""
@@ -144,6 +158,11 @@ class Device:
         self.state = self.params = self.head = None
         self.programs = None  # type: ignore[assignment]
         self._close()
+
+
+def stack(lanes: list[np.ndarray]) -> np.ndarray:
+    """[lanes, ...]; without a copy where there is one."""
+    return lanes[0][None] if len(lanes) == 1 else np.stack(lanes)
 
 
 def named_of_rows(flight: Flight) -> np.ndarray:

@@ -170,10 +170,10 @@ def resolve(
 def _axes(config: EngineConfig) -> dict[str, int]:
     """The sizes of the mesh that is asked for."""
     sizes = parse_mesh(config.mesh)
-    if unserved := [axis for axis in ("data", "stage") if sizes.get(axis, 1) > 1]:
+    if sizes.get("stage", 1) > 1:
         raise ConfigError(
-            f"`mesh={config.mesh}` cuts `{unserved[0]}`, which no engine can do yet; "
-            "use `model` (and `expert` for a model with experts)"
+            f"`mesh={config.mesh}` cuts `stage`, which no engine can do yet; "
+            "use `model`, `data` (and `expert` for a model with experts)"
         )
     return sizes
 

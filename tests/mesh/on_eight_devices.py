@@ -22,7 +22,7 @@ COUNT = 64
 LENGTHS = (3, 23, 40, 23)
 # Of every family one way to cut it; the rest behind OCTAVO_MESH_FULL.
 MESHES = {
-    "llama": ("model=8",),
+    "llama": ("model=8", "data=2", "data=2,model=2"),
     "llama_bias": ("model=2",),
     "mistral": ("model=4",),
     "qwen2": ("model=2",),
