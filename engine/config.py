@@ -68,17 +68,21 @@ class EngineConfig:
     max_model_len: int | str = option(
         "auto", "longest sequence, prompt and output; auto takes the longest that fits"
     )
-    max_num_seqs: int = option(0, "sequences decoded together; 0 takes the backend's default")
+    max_num_seqs: int = option(
+        0, "sequences decoded together, of each data shard; 0 takes the backend's default"
+    )
     max_num_batched_tokens: int = option(
         0, "prompt tokens in one step; 0 takes the backend's default"
     )
     seed: int = option(0, "seed of requests that bring none")
-    mesh: str = option("", "devices, as in data=1,model=8")
+    mesh: str = option("", "devices: model cuts the model, data copies it, as in data=2,model=4")
     device: str = option(
         "auto", "which hardware to run on", ("auto", "cpu", "gpu", "tpu", "neuron")
     )
     memory_utilization: float = option(0.9, "share of the device memory to use, in (0, 1]")
-    num_pages: int = option(0, "pages of the key-value cache; 0 takes what memory allows")
+    num_pages: int = option(
+        0, "pages of the key-value cache, of each data shard; 0 takes what memory allows"
+    )
     page_size: int = option(0, "tokens per page, a power of two; 0 takes the backend's default")
     enable_prefix_caching: bool = option(True, "reuse the pages of prompts that begin alike")
     scheduling_policy: str = option(

@@ -4,16 +4,17 @@ test_mesh.py runs them together with on_eight_devices.py.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from octavo.backends.record import Backend
 from octavo.engine.assemble import Parts
 from octavo.engine.core import EngineCore
 from octavo.engine.messages import FIRST_SLOT
-from tests.engine.conftest import few_buckets
 from tests.engine.invariants import check, check_drained
 from tests.engine.tiny import EOS, LLAMA, Client, Reference, begin_anew, make_parts, prompt
 from tests.engine.traces import rules, run_trace, traces
@@ -28,9 +29,20 @@ SIZES: dict[str, Any] = {
 }
 
 
+def few_programs(backend: Backend) -> Backend:
+    """Two row buckets and two prompt buckets, and programs of three decode steps."""
+    return replace(
+        backend,
+        token_buckets=lambda most: tuple(sorted({16, most})),
+        small_model=1 << 30,
+        small_rows=(2,),
+        small_steps=3,
+    )
+
+
 @pytest.fixture(scope="module")
 def one_device() -> Parts:
-    return make_parts(LLAMA, eos=EOS, backend=few_buckets, **SIZES)
+    return make_parts(LLAMA, eos=EOS, backend=few_programs, **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +53,7 @@ def reference(one_device: Parts) -> Reference:
 @pytest.fixture(scope="module")
 def lanes() -> Iterator[EngineCore]:
     """Two data shards, each with 4 slots and 39 pages."""
-    parts = make_parts(LLAMA, eos=EOS, backend=few_buckets, mesh=f"data={LANES}", **SIZES)
+    parts = make_parts(LLAMA, eos=EOS, backend=few_programs, mesh=f"data={LANES}", **SIZES)
     core = EngineCore(parts.resolved.config, parts=parts)
     assert len(core.lanes) == LANES
     yield core
