@@ -22,7 +22,7 @@ COUNT = 64
 LENGTHS = (3, 23, 40, 23)
 # Of every family one way to cut it; the rest behind OCTAVO_MESH_FULL.
 MESHES = {
-    "llama": ("model=8", "data=2", "data=2,model=2"),
+    "llama": ("model=8", "data=2,model=2"),
     "llama_bias": ("model=2",),
     "mistral": ("model=4",),
     "qwen2": ("model=2",),
@@ -100,7 +100,7 @@ def checkpoints(tmp_path_factory):
 EVERY = [
     (family, mesh)
     for family in FAMILIES
-    for mesh in (("model=2", "model=4", "model=8") if FULL else MESHES.get(family, ()))
+    for mesh in (("model=2", "model=4", "model=8", "data=2") if FULL else MESHES.get(family, ()))
 ]
 
 
