@@ -68,13 +68,14 @@ smoke-oldest:
 smoke-newest:
 	scripts/smoke 3.12 constraints/py312.txt .venv-newest
 
-# The TPU kernels, without a TPU: compiled for every chip, and interpreted on many random steps.
+# TPUs without a TPU: kernels and models compiled for every chip, kernels run by the interpreter.
 AOT := .venv-aot
 
 aot: $(AOT)/.installed
 	JAX_PLATFORMS=cpu TPU_RANDOM_STEPS=500 $(AOT)/bin/python -m pytest \
 	  tests/pallas_kernels/attention/test_tpu_attention.py \
-	  tests/pallas_kernels/attention/test_tpu_compile.py
+	  tests/pallas_kernels/attention/test_tpu_compile.py \
+	  tests/engine/ahead
 
 $(AOT)/.installed: $(PACKAGING)
 	$(PYTHON) -m venv $(AOT)

@@ -23,8 +23,7 @@ class Chip:
     hertz: float
     topologies: tuple[str, ...]  # the chips along each axis, of what can be had
     devices: int = 1  # of a chip
-    # Rows of a register tile of weights that a loop over layers reads in place; 0 is jax's own.
-    stack_rows: int = 0
+    columns: int = 0  # of the blocks in which a loop over layers reads matrices in place; 0: whole
 
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -45,7 +44,7 @@ CHIPS = {
             hertz=2.2e9,
             topologies=("1x1x1", *DEEP),
             devices=2,
-            stack_rows=16,
+            columns=128,
         ),
     )
 }

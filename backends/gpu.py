@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from octavo.backends import plain
-from octavo.backends.record import CACHE_DTYPES, Backend
+from octavo.backends.gpu_choices import Choices
+from octavo.backends.record import Backend
 from octavo.pallas_kernels.attention import blockwise, gpu
 from octavo.pallas_kernels.attention.batch import RaggedBatch
 from octavo.pallas_kernels.attention.reference import KV
@@ -15,20 +16,20 @@ from octavo.pallas_kernels.attention.reference import KV
 ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 GB = 10**9
-# Tokens from which XLA's own matrix products are behind cuBLAS's, and cost longer to compile.
-MANY = 128
+CHOICES = Choices()
 
 
-def backend(reason: str) -> Backend:
+def backend(reason: str, choices: Choices = CHOICES) -> Backend:
     """The record."""
-    device = jax.devices("gpu")[0]
-    hopper = str(getattr(device, "compute_capability", "")) == "9.0"
+    device = jax.local_devices(backend="gpu")[0]
+    capability = capability_of(device)
     free = _free_memory(device)
     return Backend(
         name="gpu",
         reason=reason,
-        devices=(device,),
-        attend=partial(attend, hopper=hopper),
+        devices=tuple(jax.devices("gpu")),
+        attend=partial(attend, capability=capability, tuning=choices.tuning),
+        attend_packed=partial(attend_packed, choices=choices, capability=capability),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
         linear=plain.linear,
@@ -40,14 +41,14 @@ def backend(reason: str) -> Backend:
         max_num_batched_tokens=8192 if free() > 40 * GB else 2048,
         page_size=64,
         dtype="bfloat16",
-        compiler_options=compiler_options,
+        compiler_options=partial(compiler_options, choices),
         # A dispatch costs the host 1.5 to 2.5 ms; 4 GB are read in 1.3.
         small_model=4 * GB,
         autotuning="xla_gpu_per_fusion_autotune_cache_dir",
         small_rows=(8, 64, 256),
         small_steps=4,
         memory_limit=free,
-        why_not=why_not,
+        why_not=partial(why_not, capability=capability),
     )
 
 
@@ -63,27 +64,54 @@ def attend(
     softcap: float,
     sinks: jax.Array | None = None,
     kv_scales: jax.Array | None = None,
-    hopper: bool,
+    capability: gpu.Capability,
+    tuning: gpu.Tuning = gpu.TUNING,
 ) -> tuple[jax.Array, KV]:
     """Our kernels where they take the step, plain XLA where they refuse it."""
     static: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap}
     static |= {"sinks": sinks, "kv_scales": kv_scales}
-    if gpu.why_not(q, cache, batch, sinks, kv_scales) is not None:
+    if gpu.why_not(q, cache, batch, capability) is not None:
         return blockwise.attend(q, k, v, cache, batch, **static)
-    return gpu.attend(q, k, v, cache, batch, **static, hopper=hopper)
+    return gpu.attend(q, k, v, cache, batch, **static, capability=capability, tuning=tuning)
 
 
-def compiler_options(tokens: int) -> dict[str, bool | int | str]:
+def attend_packed(
+    mixed: jax.Array,
+    turn: tuple[jax.Array, jax.Array],
+    norms: tuple[jax.Array, jax.Array] | None,
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    choices: Choices,
+    capability: gpu.Capability,
+    **static: Any,
+) -> tuple[jax.Array, KV] | None:
+    """Norms, rotation and attention of decode rows in one kernel; None where it refuses them."""
+    if not 0 < mixed.shape[0] <= choices.packed:
+        return None
+    if gpu.why_not_packed(mixed, cache, batch, capability) is not None:
+        return None
+    return gpu.attend_packed(mixed, turn, norms, cache, batch, **static, tuning=choices.tuning)
+
+
+def capability_of(device: jax.Device) -> gpu.Capability:
+    """Of a CUDA device, such as (9, 0); (0, 0) where it does not say."""
+    parts = str(getattr(device, "compute_capability", "0.0")).split(".")
+    return int(parts[0]), int(parts[1])
+
+
+def compiler_options(choices: Choices, tokens: int) -> dict[str, bool | int | str]:
     """XLA's options for a program that runs `tokens` tokens."""
-    return {"xla_gpu_enable_triton_gemm": False} if tokens >= MANY else {}
+    cublas = {"xla_gpu_enable_triton_gemm": False} if tokens >= choices.cublas_from else {}
+    return {**cublas, **dict(choices.xla)}
 
 
-def why_not(config: Any) -> str | None:
+def why_not(config: Any, capability: gpu.Capability) -> str | None:
     """The reason this backend cannot serve `config`, or None."""
-    if config.kv_cache_dtype in CACHE_DTYPES:
+    if config.kv_cache_dtype == "fp8" and capability < gpu.FLOAT8:
         return (
-            f"the gpu backend keeps keys and values in 16 or 32 bits, "
-            f"got `kv_cache_dtype={config.kv_cache_dtype}`; use auto"
+            f"a GPU of compute capability {capability[0]}.{capability[1]} has no 8-bit floats, "
+            f"8.9 and later have, got `kv_cache_dtype=fp8`; use auto or int8"
         )
     return None
 

@@ -34,6 +34,7 @@ def identity(devices: tuple[jax.Device, ...] = ()) -> tuple[object, ...]:
         _processor() if device.platform == "cpu" else "",
         [(name, str(jax.config.values.get(name))) for name in SETTINGS],
         [_flags(name, device.platform) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        os.environ.get("OCTAVO_GPU", ""),
     )
 
 

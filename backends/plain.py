@@ -1,5 +1,6 @@
 """The operations in plain jnp: they run wherever XLA does, and are at their best on a CPU."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -24,8 +25,16 @@ class Projection(Protocol):
 
 def linear(x: jax.Array, layer: Projection) -> jax.Array:
     """x [N, in] -> [N, out...] in the dtype of x."""
-    y = jax.lax.dot_general(x, layer.weight, (((1,), (0,)), ((), ())))
+    y = product(x, layer.weight)
     return y if layer.bias is None else y + layer.bias
+
+
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [N, in], weight [in, out...] -> [N, out...]; weight [blocks, in, columns] -> [N, out]."""
+    if weight.ndim < 3 or weight.shape[1] != x.shape[1]:
+        return jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())))
+    y = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+    return jax.lax.optimization_barrier(y).reshape(x.shape[0], -1)  # or XLA reshapes the weight
 
 
 def grouped_linear(
@@ -50,9 +59,10 @@ def grouped_linear(
         at = begin[expert] + (i - (end[expert] - tiles[expert])) * tile
         rows = jax.lax.dynamic_slice_in_dim(x, at, tile)
         w = jax.lax.dynamic_index_in_dim(weight, first + expert, keepdims=False)
-        return jax.lax.dynamic_update_slice_in_dim(y, rows @ w, at, 0)
+        return jax.lax.dynamic_update_slice_in_dim(y, product(rows, w), at, 0)
 
-    y = jnp.zeros((N + tile, weight.shape[2]), x.dtype)
+    width = math.prod(weight.shape[1:]) // x.shape[1]
+    y = jnp.zeros((N + tile, width), x.dtype)
     return jax.lax.fori_loop(0, end[-1], one, y)[:N]
 
 

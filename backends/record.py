@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 # `kv_cache_dtype` by the names that people know, where numpy's is another.
 CACHE_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}
@@ -69,10 +68,12 @@ class Backend:
     linear: Callable[[jax.Array, Any], jax.Array]
     grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
+    # attend_packed(mixed [N, K, J, D], turn, norms, cache, batch, *, window, scale, softcap, eps,
+    # offset) -> (out, cache), or None where it refuses the step: norms and rotation are its own.
+    attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
     stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
 
-    # stack_format(axes, sharding): how a stack of layers' weights of so many axes lies in memory
-    stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
+    columns: int = 0  # stacked matrices are kept in blocks of so many columns; 0: whole
 
     row_buckets: Callable[[int], tuple[int, ...]]  # of max_num_seqs, ascending, the last is it
     token_buckets: Callable[[int], tuple[int, ...]]  # of max_num_batched_tokens, likewise
@@ -86,13 +87,16 @@ class Backend:
     compiler_options: Callable[[int], Mapping[str, bool | int | str]] = lambda tokens: {}
     # compile(engine.programs.Job) -> what is called, where XLA does not run the programs
     compile: Callable[[Any], Any] | None = None
-    put: Callable[[np.ndarray], Any] = jax.device_put  # an array to where the programs find it
+    # put(array, axis=None): an array to where those find it, cut among cores along axis, if any
+    put: Callable[..., Any] = jax.device_put
+    cores: int = 0  # for a mesh of cores that are no devices of jax: how many there may be
     close: Callable[[], None] = lambda: None  # when the engine is closed
     autotuning: str = ""  # XLA's option for a folder that keeps what it found by trying
     # What its compiler cannot do; docs/design.md section 7.
     mixed: bool = True  # decode rows and prompt chunks in one program
     most_chunks: int = 0  # prompt chunks in one step; 0 is as many as a plan holds
-    branches: bool = True  # conditionals, infinities, and loops that end when the device says so
+    # Conditionals, infinities, loops that end when the device says so, integers across devices.
+    branches: bool = True
     dense_experts: bool = False  # every expert meets every token
     # Of the pages of the longest sequence: how many a program looks at, ascending, the last is it.
     context_buckets: Callable[[int], tuple[int, ...]] = lambda pages: (pages,)
@@ -101,6 +105,7 @@ class Backend:
     small_model: int = 0
     small_rows: tuple[int, ...] = (1,)
     small_steps: int = 1
+    whole_steps: bool = False  # a decode step is one program: forward and sampling together
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device
     shared_memory: bool = False  # all devices have the same memory

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import jax
 
-from octavo.backends import cpu, gpu, tpu
+from octavo.backends import cpu, gpu, gpu_choices, tpu
 from octavo.backends.neuron import choose
 from octavo.backends.record import Backend, BackendError
 
@@ -38,7 +38,8 @@ def select(device: str = "auto", count: int = 1) -> Backend:
                 f"no gpu is visible to jax, which found {found}; "
                 "install octavo[cuda], or use --device cpu"
             )
-        return gpu.backend(f"gpu: our own paged attention, XLA for the rest ({asked})")
+        choices = gpu_choices.read(os.environ.get(gpu_choices.VARIABLE, ""))
+        return gpu.backend(f"gpu: our own paged attention, XLA for the rest ({asked})", choices)
     if device == "tpu":
         if found != "tpu":
             raise BackendError(

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Format, Layout
 
 from octavo.backends import plain
 from octavo.backends.chips import Chip, chip_of
@@ -16,7 +15,6 @@ from octavo.models.layers import Experts
 from octavo.models.ops import Stacks
 from octavo.pallas_kernels.attention import tpu
 
-LANES = 128
 # A step scatters and gathers a few numbers a row: less work than starting another core for it, and
 # programs for that core take longest to compile.
 OPTIONS: dict[str, bool | int | str] = {
@@ -27,9 +25,10 @@ PAGE = 32  # one tile of 8-bit keys; larger pages gain less than 5 % of a decode
 
 
 def backend(reason: str) -> Backend:
-    """The record of the TPU that is here."""
-    device = jax.devices("tpu")[0]
-    return record(reason, (device,), _free_memory(device), chip_of(device.device_kind))
+    """The record of the TPUs that are here."""
+    device = jax.local_devices(backend="tpu")[0]
+    chip = chip_of(device.device_kind)
+    return record(reason, tuple(jax.devices("tpu")), _free_memory(device), chip)
 
 
 def record(
@@ -50,7 +49,8 @@ def record(
         grouped_linear=plain.grouped_linear,
         layers=layers,
         stacked=True,
-        stack_format=partial(stack_format, chip.stack_rows if chip else 0),
+        whole_steps=True,
+        columns=chip.columns if chip else 0,
         row_buckets=lambda most: doubling(min(8, most), most),
         token_buckets=lambda most: doubling(min(128, most), most),
         max_num_seqs=128,
@@ -113,16 +113,6 @@ def layers(
         layer = jnp.int32(groups[:j].count(groups[j]))
         x, pools = one(x, pools, w, specs[j], layer)
     return x, pools
-
-
-def stack_format(rows: int, axes: int, sharding: Any) -> Any:
-    """How stacked matrices lie on a chip whose register tiles of weights have `rows` rows.
-
-    In jax's own layout, of 8 rows, XLA would copy the whole stack into this one at every step.
-    """
-    if not rows or axes < 3:
-        return sharding
-    return Format(Layout(tuple(range(axes)), tiling=((rows, LANES), (2, 1))), sharding)
 
 
 def cut(stack: Any, i: jax.Array) -> Any:

@@ -3,11 +3,13 @@
 examples:
   octavo bench gpu --model shapes/llama31_8b single_stream decode_heavy
   octavo bench gpu --model shapes/llama31_8b --steps --kernels
+  octavo bench gpu --model shapes/llama31_8b prefill_heavy --budgets 2048,4096
   octavo bench gpu --model shapes/llama31_8b --peer /opt/vllm
 """
 
 import argparse
 import time
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +26,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workloads", nargs="*", help=f"any of {', '.join(NAMES)}; all by default")
     parser.add_argument("--rounds", type=int, default=1, help="times each workload is run")
     parser.add_argument("--steps", action="store_true", help="tell where the time of a step goes")
+    parser.add_argument(
+        "--budgets",
+        default="",
+        metavar="N,N",
+        help="also run prefill_heavy with at most so many prompt tokens a step",
+    )
     parser.add_argument("--kernels", action="store_true", help="and which kernels take it")
     parser.add_argument(
         "--peer", default="", metavar="FOLDER", help="also run the vLLM that lies unpacked there"
@@ -58,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         if name == "single_stream":
             drive(core, load)  # warm
         rows += results(load, timed(core, load, args), peer.seconds[name] if peer else [])
+    for budget in filter(None, args.budgets.split(",")):
+        rows += budgeted(core, int(budget), args)
     stats = core.stats()
     facts = {"stalls": stats.stalls, "compiles": stats.compiles_after_ready, "steps": stats.steps}
     facts["host us/step"] = round(1e6 * stats.host_seconds / max(1, stats.steps))
@@ -76,6 +86,18 @@ def timed(core: Any, load: Workload, args: argparse.Namespace) -> list[float]:
     if args.kernels:
         examine(core, load)
     return seconds
+
+
+def budgeted(core: Any, budget: int, args: argparse.Namespace) -> list[Row]:
+    """prefill_heavy in smaller steps, with the programs that are there."""
+    limits = core.host.limits
+    buckets = tuple(n for n in limits.token_buckets if n <= budget) or limits.token_buckets[:1]
+    core.host.limits = replace(limits, token_buckets=buckets)
+    load = make("prefill_heavy", core.resolved.dims.vocab)
+    load = replace(load, name=f"prefill_heavy, {buckets[-1]} a step")
+    rows = results(load, timed(core, load, args), [])
+    core.host.limits = limits
+    return rows
 
 
 def results(load: Workload, ours: list[float], theirs: list[float]) -> list[Row]:

@@ -4,7 +4,6 @@ import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 
@@ -46,7 +45,7 @@ class SleepingDevice:
         self.limit = np.zeros(dims.slots, np.int32)
         self.done = 0.0  # when the last dispatched step is
 
-    def begin(self, launch: Launch) -> Any:
+    def begin(self, launch: Launch) -> None:
         draft, flight = launch.parts[0].draft, launch.flight
         self.active[draft.stops] = False
         for src, dst in draft.moves:
@@ -59,7 +58,7 @@ class SleepingDevice:
             self.active[one.slot] = False
             self.length[one.slot], self.limit[one.slot] = one.length, one.limit
         if not launch.rows:
-            return None
+            return
         live = self.active[: launch.rows].copy()
         size = self.dims.page_size
         pages = [
@@ -82,14 +81,13 @@ class SleepingDevice:
         flags = live * LIVE + finished * FINISHED
         self.done = max(self.done, time.perf_counter()) + self.seconds
         flight.result = [flags.astype(np.int32), length, taken]
-        return flight
 
-    def finish(self, launch: Launch, passed: Flight | None, lanes: list[Host]) -> None:
-        if passed is None:
+    def finish(self, launch: Launch, lanes: list[Host]) -> None:
+        if not launch.rows:
             return
-        mask = self.masks.build(lanes[0], passed) if launch.masked else None
+        mask = self.masks.build(lanes[0], launch.flight) if launch.masked else None
         self.done = max(self.done, time.perf_counter())
-        passed.result += [mask, self.done]
+        launch.flight.result += [mask, self.done]
 
     def read(self, flight: Flight, *, behind: int) -> list[Rows] | None:
         if flight.result is None:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 ENVIRONMENT = {  # libtpu looks for no TPU then
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -125,27 +123,17 @@ class Schedule:
         busy = [loop for loop in found if any(loop[0] <= dot <= loop[1] for dot in self.dots)]
         return sorted(busy, key=lambda loop: loop[1] - loop[0])
 
-    def hot_path(self, loop: tuple[int, int], chunks: int = 0) -> int:
-        """Bundles of the shortest way through a loop that does all its matrix products.
-
-        chunks: how many parts the loop has of which each is there in two forms; one of them runs.
-        """
+    def hot_path(self, loop: tuple[int, int]) -> int:
+        """Bundles of the shortest way through a loop that leaves out no matrix product."""
         begin, end = loop
-        dots = {dot for dot in self.dots if begin <= dot <= end}
-        skipped = len(dots) // (2 * chunks) if chunks else 0
         jumps = {
             at: to
             for at, to in self.branches
-            if begin <= at < to <= end and sum(at + BRANCH <= dot < to for dot in dots) <= skipped
+            if begin <= at < to <= end and not any(at + BRANCH <= dot < to for dot in self.dots)
         }
-        least = len(dots) - chunks * skipped
-        # cost[at][n]: bundles from `at` to the end with at least n products
-        cost = {end: np.where(np.arange(least + 1) == 0, 1.0, np.inf)}
+        cost = {end: 1}
         for at in range(end - 1, begin - 1, -1):
-            after = cost[at + 1]
-            if at in dots:
-                after = np.concatenate([after[:1], after[:-1]])  # one less is left to do
-            cost[at] = 1 + after
+            cost[at] = 1 + cost[at + 1]
             if at in jumps:
-                cost[at] = np.minimum(cost[at], BRANCH + cost[jumps[at]])
-        return int(cost[begin][least])
+                cost[at] = min(cost[at], BRANCH + cost[jumps[at]])
+        return cost[begin]

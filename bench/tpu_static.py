@@ -33,13 +33,16 @@ from octavo.bench.tpu_compile import (
 
 KINDS = {"bfloat16": (16, 128), "float8_e4m3fn": (32, 128), "int8": (32,)}
 TOKENS = 2048
+LONGEST = 16384  # tokens that a row may have
 GROWTH = 1.03
 HEADS = (32, 8, 128)  # H, K, D
 Numbers = dict[str, int]
 
 
-def arguments(page: int, kind: str, heads: tuple[int, int, int] = HEADS) -> tuple[Any, ...]:
-    """Abstract q, k, v, cache and batch of one mixed step: 16 rows and 512 chunk tokens."""
+def arguments(
+    page: int, kind: str, heads: tuple[int, int, int] = HEADS, chunk_tokens: int = 512
+) -> tuple[Any, ...]:
+    """Abstract q, k, v, cache and batch of one step of 16 rows and some chunk tokens."""
     import jax
     import jax.numpy as jnp
 
@@ -50,8 +53,8 @@ def arguments(page: int, kind: str, heads: tuple[int, int, int] = HEADS) -> tupl
         return jax.ShapeDtypeStruct(shape, dtype)
 
     H, K, D = heads
-    rows, C, M = 16, 8, 16384 // page
-    N = rows + 512
+    rows, C, M = 16, 8, LONGEST // page
+    N = rows + chunk_tokens
     shapes: dict[str, tuple[int, ...]] = dict(table=(rows, M), row_start=(rows,), row_count=(rows,))
     shapes |= {f"chunk_{name}": (C,) for name in ("slot", "start", "count", "offset")}
     shapes |= dict(dest=(N,), position=(N,), slot=(N,))
@@ -82,10 +85,10 @@ def measure(
     decode, prefill, write = (
         Schedule(dump, f"tpu_{name}") for name in ("decode", "prefill", "write")
     )
-    walked = SLOTS * chunk_tokens(layout, page, kind, 16384)
+    walked = SLOTS * chunk_tokens(layout, page, kind, LONGEST)
     size = TOKENS * layout.tiles * layout.width * jnp.dtype(kind).itemsize
     return {
-        "decode": round(decode.hot_path(decode.loops()[-1], SLOTS) * TOKENS / walked),
+        "decode": round(decode.hot_path(decode.loops()[-1]) * TOKENS / walked),
         "copies": round(CHIPS[chip].copy_cycles(size)),
         "decode all": decode.bundles,
         "decode spills": decode.spills,

@@ -61,18 +61,23 @@ def assemble(
     config: EngineConfig,
     progress: Progress | None = None,
     decided: Callable[[Backend, Resolved], None] | None = None,
+    agree: Callable[[Backend], Backend] | None = None,
 ) -> Parts:
     """Open the checkpoint, decide every size, load the weights.
 
-    `decided` is called between the last two: from there on everything can be compiled.
+    `decided` is called between the last two: from there on everything can be compiled. `agree`
+    changes the backend to one that every host can go along with.
     """
-    backend = select(config.device, devices_of(config.mesh))
+    hosts = int(config.hosts)
+    backend = select(config.device, devices_of(config.mesh) // hosts)
+    if agree is not None:
+        backend = agree(backend)
     with refusals(), closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
         if decided is not None:
             decided(backend, resolved)
         began = time.perf_counter()
-        place = Placement(resolved.mesh, resolved.model, None, backend.stack_format, backend.put)
+        place = place_of(backend, resolved)
         params = load_weights(config, checkpoint, place, resolved.dtype, progress)
         eos = end_tokens(checkpoint.config, checkpoint.generation_config)
     vocabulary = partial(read_vocabulary, config, resolved.dims.vocab, eos)
@@ -94,9 +99,7 @@ def load_weights(
     """Every parameter of the model, in its place."""
     model = place.model
     if config.load_format == "dummy":
-        return random_params(
-            model, config.seed, dtype, put=place.put_weight, stack_format=place.stack_format
-        )
+        return random_params(model, config.seed, dtype, put=place.put_weight)
     _check_scales(config, checkpoint)
     if checkpoint.format == "orbax":
         from octavo.models.sources.orbax import load
@@ -120,7 +123,6 @@ def load_weights(
         dtype,
         put=place.put_weight,
         progress=report,
-        stack_format=place.stack_format,
     )
 
 
@@ -179,6 +181,11 @@ def end_tokens(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
         if ids is not None:
             return [int(i) for i in (ids if isinstance(ids, list) else [ids])]
     return []
+
+
+def place_of(backend: Backend, resolved: Resolved) -> Placement:
+    """Where the arrays of an engine lie."""
+    return Placement(resolved.mesh, resolved.model, None, backend.put)
 
 
 def cache_maker(backend: Backend, resolved: Resolved) -> Callable[[], Any]:

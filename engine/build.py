@@ -46,7 +46,8 @@ class Build:
             folder = cache_folder(config.compilation_cache)
             programs = Programs(machine, limits_of(config, resolved), config.max_logprobs, folder)
             params = self._params
-            params = model.abstract_params(resolved.dtype) if params is None else params
+            if params is None or backend.cores:  # of cores, those are what one of them has
+                params = model.abstract_params(resolved.dtype)
             make = cache_maker(backend, resolved)
             programs.compile(params, make, self._progress, stop=self._stop)
             self.seconds = time.perf_counter() - began

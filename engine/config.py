@@ -75,7 +75,16 @@ class EngineConfig:
         0, "prompt tokens in one step; 0 takes the backend's default"
     )
     seed: int = option(0, "seed of requests that bring none")
-    mesh: str = option("", "devices: model cuts the model, data copies it, as in data=2,model=4")
+    mesh: str = option(
+        "",
+        "devices: model cuts the model, data copies it, as in data=2,model=4; "
+        "auto cuts it over as few as do",
+    )
+    hosts: int | str = option(
+        1, "hosts that run the model together, each with this command; auto asks their launcher"
+    )
+    host_index: int = option(-1, "which of the hosts this is; 0 is the leader, -1 looks it up")
+    leader: str = option("", "address:port of the leader, the same on every host")
     device: str = option(
         "auto", "which hardware to run on", ("auto", "cpu", "gpu", "tpu", "neuron")
     )
@@ -163,6 +172,10 @@ class EngineConfig:
                 "0 takes the backend's default; 16, 32, 64 and 128 are usual",
             )
         parse_mesh(self.mesh)
+        if self.hosts != "auto" and (isinstance(self.hosts, str) or self.hosts < 1):
+            raise ConfigError(
+                f"`hosts` must be `auto` or at least 1, got {self.hosts!r}", "the default is 1"
+            )
 
 
 # name, lowest, highest: None is no bound.
@@ -175,6 +188,7 @@ _RANGES: tuple[tuple[str, int, int | None], ...] = (
     ("max_logprobs", -1, None),
     ("max_num_queued_reqs", 1, None),
     ("seed", 0, 2**64 - 1),
+    ("host_index", -1, None),
 )
 
 
@@ -213,11 +227,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`data=1,model=8` as {"data": 1, "model": 8}; empty is one device."""
+    """`data=1,model=8` as {"data": 1, "model": 8}; empty is one device.
+
+    `auto` is empty too: what it becomes is known when the model and the devices are.
+    """
     sizes: dict[str, int] = {}
+    if text == "auto":
+        return sizes
     for part in filter(None, text.split(",")):
         axis, _, size = (piece.strip() for piece in part.partition("="))
-        hint = "write it as --mesh model=8 or --mesh data=2,model=4"
+        hint = "write it as --mesh model=8, --mesh expert=2,model=4 or --mesh auto"
         if axis not in MESH_AXES:
             raise ConfigError(f"`mesh` has no axis `{axis}`: {', '.join(MESH_AXES)}", hint)
         if axis in sizes:

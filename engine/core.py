@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from octavo.backends.record import Backend
 from octavo.engine.assemble import Parts, Progress, assemble, limits_of
 from octavo.engine.build import Build
-from octavo.engine.config import EngineConfig
+from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.device import Device
 from octavo.engine.grammar.compiler import Compiler
 from octavo.engine.harvest import Harvest, harvest, retire
 from octavo.engine.host import Host, Launch
 from octavo.engine.intake import Intake
 from octavo.engine.lanes import choose, together
+from octavo.engine.link import Leader
 from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats, View
 from octavo.engine.planning import check_workspace
 from octavo.engine.reader import Reader
@@ -28,6 +30,7 @@ from octavo.engine.resident import resident_bytes
 from octavo.engine.scheduler import schedule, stop
 from octavo.engine.sequence import Phase, Sequence
 from octavo.engine.several import extend
+from octavo.engine.team import agreed, digest
 from octavo.engine.view import forget_hits, take_view
 
 STATS_EVERY = 0.25  # seconds between two Stats in the outputs
@@ -44,14 +47,20 @@ class EngineCore:
         *,
         parts: Parts | None = None,
         progress: Progress | None = None,
+        leader: Leader | None = None,
     ) -> None:
-        """Load, compile, and be ready. `parts` replaces the checkpoint of the config (benches)."""
+        """Load, compile, and be ready. `parts` replaces the checkpoint of the config (benches).
+
+        leader: the line to the other hosts, where the config has several.
+        """
         began = time.perf_counter()
-        self.config = config
+        self.config, self.leader = config, leader
+        if leader is None and config.hosts != 1:
+            raise ConfigError("several hosts need a server", "`octavo serve` takes --hosts")
         if parts is None:
             build = Build(config, progress)
             with build.stopped_by_errors():
-                parts = assemble(config, progress, build.begin)
+                parts = assemble(config, progress, build.begin, self._agree)
         else:
             build = Build(config, progress, parts.params)
             build.begin(parts.backend, parts.resolved)
@@ -59,20 +68,25 @@ class EngineCore:
         self.eos_token_ids = parts.eos_token_ids
         self.reader = Reader()
         self.limits = limits_of(config, self.resolved)
-        mesh = self.resolved.mesh
-        self.lanes = [Host(self.limits) for _ in range(mesh.shape["data"] if mesh else 1)]
+        self.lanes = [Host(self.limits) for _ in range(self.resolved.lanes)]
         self.grammars = Compiler(parts.vocabulary)
         self.grammars.warm()  # while the programs compile, which leaves the interpreter free
         self.intake = Intake(self.resolved, self.eos_token_ids, config.max_num_queued_reqs)
-        self.device = Device(parts, self.limits, self.reader, build)
+        tell = leader.order if leader is not None else None
+        self.device = Device(parts, self.limits, self.reader, build, tell)
         self.memory = check_workspace(self.resolved, self.device.programs.workspace())
-        self.recovery = Recovery()
+        self.recovery = Recovery(alone=leader is None)
+        if leader is not None:
+            leader.built(digest(self.resolved))
         self.load_seconds = parts.load_seconds
         self.startup_seconds = time.perf_counter() - began
         self._starts: list[Start] = []
         self._refused: list[Finish] = []
         self._told = self._looked = 0.0
         self._host_seconds = 0.0
+
+    def _agree(self, backend: Backend) -> Backend:
+        return backend if self.leader is None else agreed(self.leader.agree, backend)
 
     # --- requests
 
@@ -195,11 +209,11 @@ class EngineCore:
                 assert not live, "nothing runs and nothing can start"
             return None
         self._note_starts(launch)
-        passed = self.device.begin(launch)
+        self.device.begin(launch)
         if launch.masked:  # every token so far must be known, while the forward pass runs
             while self.host.flights:
-                outputs += self._harvest_program(busy=passed is not None)
-        self.device.finish(launch, passed, self.lanes)
+                outputs += self._harvest_program(busy=bool(launch.rows))
+        self.device.finish(launch, self.lanes)
         for host, part in zip(self.lanes, launch.parts, strict=True):
             host.flights.append(part.flight)
             host.flights.extend(part.followers)
@@ -307,6 +321,9 @@ class EngineCore:
             iterations=steps.iterations,
             iteration_tokens=steps.iteration_tokens,
             resident_bytes=resident_bytes(),
+            hosts=int(self.config.hosts),
+            orders=self.leader.orders if self.leader is not None else 0,
+            order_bytes=self.leader.order_bytes if self.leader is not None else 0,
         )
 
     def view(self) -> View:
@@ -339,6 +356,7 @@ class EngineCore:
         parts = f", in each of {len(self.lanes)} data shards" if len(self.lanes) > 1 else ""
         return [
             f"backend  {self.backend.reason}",
+            *([f"mesh     {r.mesh_line}"] if r.mesh_line else []),
             f"model    {r.model.config.family}, {r.dtype.name}, context {r.max_model_len:,}",
             f"cache    {memory.tokens:,} tokens in pages of {memory.page_size}; "
             f"{r.dims.slots} slots{parts}",

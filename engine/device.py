@@ -1,29 +1,25 @@
-"""The device side of the run loop: dispatches launches, and holds the state between steps."""
+"""The device side of the run loop: dispatches launches as orders, and reads what they leave."""
 
-import logging
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable
 
-import jax
 import numpy as np
 
 from octavo.engine.assemble import Parts
 from octavo.engine.build import Build
 from octavo.engine.compiles import WATCH
+from octavo.engine.dispatch import Dispatcher, Results
 from octavo.engine.harvest import Rows
 from octavo.engine.host import Flight, Host, Launch, Limits
 from octavo.engine.masks import Masks
+from octavo.engine.orders import FORWARD, GREEDY, MASKED, RICH, SAMPLE, SEVERAL, Order
 from octavo.engine.plan import CHUNKS, Packer
-from octavo.engine.programs import forward_key
 from octavo.engine.reader import Reader
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from octavo.engine.sequence import Sequence
 
-logger = logging.getLogger(__name__)
 
-
-class Device:
-    """Params, state and programs. `state` is the newest generation, whatever is in flight."""
+class Device(Dispatcher):
+    """The leader's dispatcher: makes orders of launches, and reads what they leave."""
 
     def __init__(
         self,
@@ -31,90 +27,69 @@ class Device:
         limits: Limits,
         reader: Reader,
         build: Build,
+        tell: Callable[[Order], None] | None = None,
     ) -> None:
+        """`tell` sends every order to the other hosts, before it runs here."""
+        super().__init__(parts.params, build.programs())
         self.limits = limits
         self.reader = reader
-        self.params = parts.params
-        self.head = parts.resolved.model.head(parts.params)
-        self._close = parts.backend.close
         self.packer = Packer(limits.dims)
-        self.programs = build.programs()
-        self.put = self.programs.placement.put
         self.compile_seconds = build.seconds
-        with WATCH.building():
-            self.state = self.programs.empty()
-            jax.block_until_ready(self.state)
+        self._tell = tell
+        self._step = 0
         self._compiled = WATCH.unexpected
-        mesh = parts.resolved.mesh
-        lanes = 1 if mesh is None else mesh.shape["data"]
-        self.masks = [Masks(limits.dims.vocab) for _ in range(lanes)]
+        self.masks = [Masks(limits.dims.vocab) for _ in range(parts.resolved.lanes)]
 
     @property
     def compiles_after_ready(self) -> int:
         """Programs that were compiled while somebody waited for an answer."""
         return WATCH.unexpected - self._compiled
 
-    def begin(self, launch: Launch) -> Any:
-        """Edit the state and dispatch the forward pass."""
-        vector, edits = None, launch.edits
-        if launch.tokens or edits:
-            vector = self.put(stack([self.packer.pack(part.draft) for part in launch.parts]))
-        if edits:
-            slots, pages = self.programs.edit(self.state.slots, self.state.pages, vector)
-            self.state = replace(self.state, slots=slots, pages=pages)
-        if not launch.rows:
-            return None
-        if launch.several:
-            several = self.programs.several[launch.rows, launch.greedy]
-            self.state, *launch.flight.result = several(self.params, self.state)
-            return None
-        key = forward_key(launch.rows, launch.tokens, launch.context)
-        arguments = (vector,) if launch.tokens else ()
-        self.state, passed, taken = self.programs.forward[key](self.params, self.state, *arguments)
-        launch.flight.result = (taken,)
-        return passed
+    def _order(self, order: Order) -> Results:
+        if self._tell is not None:  # first: a program may wait for the other hosts
+            self._step += 1
+            order.step = self._step
+            self._tell(order)
+        return self.run(order)
 
-    def finish(self, launch: Launch, passed: Any, lanes: list[Host]) -> None:
-        """Dispatch sampling, and start the copies to the host."""
+    def begin(self, launch: Launch) -> None:
+        """Edit the state and dispatch the forward pass, and sampling where it needs no more."""
+        edits, flight = launch.edits, launch.flight
+        order = Order(0, rows=launch.rows, tokens=launch.tokens, context=launch.context, edit=edits)
+        if launch.tokens or edits:
+            order.plan = joined(self.packer.pack(part.draft) for part in launch.parts)
+        if launch.rows:
+            order.forward = SEVERAL if launch.several else FORWARD
+            if not _waits(launch):
+                order.sampling = GREEDY if launch.greedy else SAMPLE
+        done = self._order(order)
+        if launch.rows:
+            flight.result = (done.packed, done.taken)
+
+    def finish(self, launch: Launch, lanes: list[Host]) -> None:
+        """Dispatch what `begin` could not, and start the copies to the host."""
         flight, flights = launch.flight, [part.flight for part in launch.parts]
-        if passed is not None:
+        if launch.rows and _waits(launch):
+            order = Order(0, rows=launch.rows, tokens=launch.tokens)
             if launch.scored:
-                targets = self.put(stack(list(map(self._targets, lanes, flights))))
-                named = self.put(stack(list(map(named_of_chunks, flights))))
-                score = self.programs.score[launch.tokens]
-                flight.scores = score(self.head, passed.chunk_hidden, targets, named)
-            passed = replace(passed, chunk_hidden=None)
-            arguments = (self.head, self.state.slots, passed)
+                order.scored = True
+                order.targets = joined(map(targets_of, lanes, flights))
+                order.named_chunks = joined(map(named_of_chunks, flights))
             if launch.rich or launch.masked:
-                mask = self.put(stack(list(map(Masks.build, self.masks, lanes, flights))))
-            if launch.rich:
-                named = self.put(stack(list(map(named_of_rows, flights))))
-                rich = self.programs.rich[launch.rows]
-                slots, packed, flight.rich = rich(*arguments, mask, named)
-            elif launch.masked:
-                slots, packed = self.programs.masked[launch.rows](*arguments, mask)
+                order.sampling = RICH if launch.rich else MASKED
+                order.mask = joined(map(Masks.build, self.masks, lanes, flights))
             else:
-                choices = self.programs.greedy if launch.greedy else self.programs.sample
-                sample = choices[launch.rows]
-                slots, packed = sample(*arguments)
-            self.state = replace(self.state, slots=slots)
-            flight.result = (packed, *flight.result)
+                order.sampling = GREEDY if launch.greedy else SAMPLE
+            if launch.rich:
+                order.named_rows = joined(map(named_of_rows, flights))
+            done = self._order(order)
+            flight.result = (done.packed, flight.result[1])
+            flight.rich, flight.scores = done.rich, done.scores
         self.reader.expect((flight.result, flight.rich, flight.scores))
 
     def take_stuck(self) -> list[tuple[Sequence, str]]:
         """Sequences for which no token is left to choose, and why."""
         return [each for masks in self.masks for each in masks.take_stuck()]
-
-    def _targets(self, host: Host, flight: Flight) -> np.ndarray:
-        """i32[2, T] the token that follows each chunk token, and its chunk."""
-        targets = np.zeros((2, flight.tokens), np.int32)
-        at = 0
-        for chunk, (sequence, start, count, _) in enumerate(flight.chunks):
-            following = host.tokens[sequence.slot, start + 1 : start + 1 + count]
-            targets[0, at : at + len(following)] = following
-            targets[1, at : at + count] = chunk
-            at += count
-        return targets
 
     def read(self, flight: Flight, *, behind: int) -> list[Rows] | None:
         """The results of a step by lane, on the host; None where it only edited.
@@ -147,22 +122,29 @@ class Device:
 
     def rebuild(self) -> None:
         """An empty state in place of one that a failed step took with it."""
-        self.state = None
-        self.state = self.programs.empty()
-
-    def close(self) -> None:
-        """Free the device memory now, not when the collector comes around."""
-        for leaf in jax.tree.leaves((self.state, self.params)):
-            if not leaf.is_deleted():
-                leaf.delete()
-        self.state = self.params = self.head = None
-        self.programs = None  # type: ignore[assignment]
-        self._close()
+        self._order(Order(0, empty=True))
 
 
-def stack(lanes: list[np.ndarray]) -> np.ndarray:
-    """[lanes, ...]; without a copy where there is one."""
-    return lanes[0][None] if len(lanes) == 1 else np.stack(lanes)
+def _waits(launch: Launch) -> bool:
+    """Whether sampling needs what the host builds while the forward pass runs."""
+    return launch.rich or launch.masked or launch.scored
+
+
+def joined(lanes: Iterable[np.ndarray]) -> bytes:
+    """One array of every lane, one behind another."""
+    return b"".join(array.tobytes() for array in lanes)
+
+
+def targets_of(host: Host, flight: Flight) -> np.ndarray:
+    """i32[2, T] the token that follows each chunk token, and its chunk."""
+    targets = np.zeros((2, flight.tokens), np.int32)
+    at = 0
+    for chunk, (sequence, start, count, _) in enumerate(flight.chunks):
+        following = host.tokens[sequence.slot, start + 1 : start + 1 + count]
+        targets[0, at : at + len(following)] = following
+        targets[1, at : at + count] = chunk
+        at += count
+    return targets
 
 
 def named_of_rows(flight: Flight) -> np.ndarray:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from octavo.backends.record import Backend, cache_dtype
-from octavo.engine.config import ConfigError, EngineConfig, parse_mesh
+from octavo.engine.auto_mesh import sizes_of
+from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.mesh import make_mesh, shards_of
 from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.state import BIAS, Dims, PageGroup
@@ -85,11 +87,17 @@ class Resolved:
     max_model_len: int
     memory: MemoryPlan
     mesh: Any = None  # jax.sharding.Mesh; None is one device
+    mesh_line: str = ""  # what is cut and why, for people
     steps: int = 1  # decode steps in one program
     several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
     mixed: bool = True  # see backends.record
     chunks: int = CHUNKS  # prompt chunks in one step
     context_buckets: tuple[int, ...] = ()  # pages that a program looks at
+
+    @property
+    def lanes(self) -> int:
+        """Data shards: copies of the model, each with slots and pages of its own."""
+        return 1 if self.mesh is None else int(self.mesh.shape["data"])
 
 
 def size(count: float) -> str:
@@ -106,20 +114,20 @@ def resolve(
     """Decide every size. `model` replaces the one that `facts` would build (benches)."""
     if why := backend.why_not(config):
         raise ConfigError(why)
-    sizes = _axes(config)
-    mesh = make_mesh(sizes, backend.devices)
     dtype = jnp.dtype(backend.dtype if config.dtype == "auto" else config.dtype)
+    limit = backend.memory_limit()
+    sizes, mesh_line = sizes_of(config, backend, facts, dtype, limit)
+    mesh = make_mesh(sizes, backend.devices, backend.cores)
     kv_dtype = jnp.dtype(cache_dtype(config, backend.dtype))
     facts = replace(facts, kv_scales=kv_dtype.itemsize == 1)
     seqs = config.max_num_seqs or backend.max_num_seqs
     page = config.page_size or backend.page_size
     longest = _longest(config, facts)
-    budget = config.max_num_batched_tokens or backend.max_num_batched_tokens
-    whole = 1 << (longest - 1).bit_length()
-    budget = min(budget, whole * (1 if config.max_num_batched_tokens else min(seqs, PROMPTS)))
-    limit = backend.memory_limit() // (mesh.size if mesh and backend.shared_memory else 1)
+    budget = _budget(config, backend, longest, seqs)
+    if isinstance(mesh, Mesh) and backend.shared_memory:
+        limit //= len(mesh.local_devices)
     while True:
-        built = model or build(facts, longest, shards_of(sizes), stacked=backend.stacked)
+        built = model or build(facts, longest, shards_of(sizes), **_form(backend))
         weights = param_bytes(built, dtype)
         dims = _dims(config, built, seqs, page, longest, budget)
         spent = weights + _state_bytes(dims) + _workspace_bytes(built, dims, dtype)
@@ -133,20 +141,8 @@ def resolve(
             raise _too_big(config, backend, limit, weights, spent, page_bytes, dims)
         longest = shorter
     _check_num_pages(config, dims)
-    memory = MemoryPlan(
-        device=backend.name,
-        limit=limit,
-        usable=usable,
-        weights=weights,
-        cache=sum(g.pages * b for g, b in zip(dims.groups, page_bytes, strict=True)),
-        state=_state_bytes(dims),
-        workspace=_workspace_bytes(built, dims, dtype),
-        pages=tuple(g.pages for g in dims.groups),
-        page_bytes=page_bytes,
-        page_size=page,
-        max_model_len=longest,
-        max_num_seqs=seqs,
-    )
+    place = backend.name if mesh is None else f"each of {mesh.size} of {backend.name}"
+    memory = _plan(place, limit, usable, built, dims, dtype, page_bytes)
     rows, steps = _rows(backend, seqs, weights)
     return Resolved(
         config=config,
@@ -159,6 +155,7 @@ def resolve(
         max_model_len=longest,
         memory=memory,
         mesh=mesh,
+        mesh_line=mesh_line,
         steps=steps,
         several_rows=rows if steps > 1 else (),
         mixed=backend.mixed,
@@ -167,15 +164,35 @@ def resolve(
     )
 
 
-def _axes(config: EngineConfig) -> dict[str, int]:
-    """The sizes of the mesh that is asked for."""
-    sizes = parse_mesh(config.mesh)
-    if sizes.get("stage", 1) > 1:
-        raise ConfigError(
-            f"`mesh={config.mesh}` cuts `stage`, which no engine can do yet; "
-            "use `model`, `data` (and `expert` for a model with experts)"
-        )
-    return sizes
+def _plan(
+    place: str,
+    limit: int,
+    usable: int,
+    model: Model,
+    dims: Dims,
+    dtype: Any,
+    page_bytes: tuple[int, ...],
+) -> MemoryPlan:
+    """What one device holds."""
+    return MemoryPlan(
+        device=place,
+        limit=limit,
+        usable=usable,
+        weights=param_bytes(model, dtype),
+        cache=sum(g.pages * b for g, b in zip(dims.groups, page_bytes, strict=True)),
+        state=_state_bytes(dims),
+        workspace=_workspace_bytes(model, dims, dtype),
+        pages=tuple(g.pages for g in dims.groups),
+        page_bytes=page_bytes,
+        page_size=dims.page_size,
+        max_model_len=dims.max_len,
+        max_num_seqs=dims.slots,
+    )
+
+
+def _form(backend: Backend) -> dict[str, Any]:
+    """How the backend wants a model's layers."""
+    return {"stacked": backend.stacked, "columns": backend.columns}
 
 
 def _rows(backend: Backend, seqs: int, weights: int) -> tuple[tuple[int, ...], int]:
@@ -183,6 +200,13 @@ def _rows(backend: Backend, seqs: int, weights: int) -> tuple[tuple[int, ...], i
     if weights >= backend.small_model:
         return backend.row_buckets(seqs), 1
     return (*(rows for rows in backend.small_rows if rows < seqs), seqs), backend.small_steps
+
+
+def _budget(config: EngineConfig, backend: Backend, longest: int, seqs: int) -> int:
+    """Prompt tokens in one step."""
+    budget = config.max_num_batched_tokens or backend.max_num_batched_tokens
+    whole = 1 << (longest - 1).bit_length()
+    return min(budget, whole * (1 if config.max_num_batched_tokens else min(seqs, PROMPTS)))
 
 
 def _longest(config: EngineConfig, facts: ModelConfig) -> int:

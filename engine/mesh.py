@@ -18,13 +18,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from octavo.engine.config import ConfigError
 from octavo.engine.state import EngineState
 from octavo.models.registry import Model
-from octavo.models.shards import SPLIT, Shards, placed
-from octavo.models.tensors import Tensor, flat_shape
+from octavo.models.shards import SPLIT, Shards, kept_places, placed
+from octavo.models.tensors import Tensor, kept, kept_shape
 
 AXES = ("data", *SPLIT)
 ROWS = PartitionSpec("data")  # what belongs to slots: plans, tables, results
@@ -36,12 +36,19 @@ def shards_of(sizes: Mapping[str, int]) -> Shards:
     return Shards(model=sizes.get("model", 1), expert=sizes.get("expert", 1))
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
-    """The mesh over the first devices; None where it is one device. Raises ConfigError."""
+def make_mesh(
+    sizes: Mapping[str, int], devices: Sequence[Any], cores: int = 0
+) -> Mesh | AbstractMesh | None:
+    """The mesh over the first devices; None where it is one device. Raises ConfigError.
+
+    cores: how many there are that are no devices of jax.
+    """
     shape = [sizes.get(axis, 1) for axis in AXES]
     count = int(np.prod(shape))
     if count == 1:
         return None
+    if count <= cores:
+        return AbstractMesh(tuple(shape), AXES)
     if count > len(devices):
         wanted = ",".join(f"{axis}={n}" for axis, n in sizes.items())
         raise ConfigError(
@@ -58,14 +65,12 @@ class Placement:
     mesh: Any
     model: Model
     here: Any = None  # without a mesh: the device's sharding where programs must name it
-    # Backend.stack_format: how weights of stacked layers lie there
-    stack_format: Callable[[int, Any], Any] = lambda axes, sharding: sharding
-    put_here: Callable[[np.ndarray], Any] = jax.device_put  # Backend.put, without a mesh
+    put_here: Callable[..., Any] = jax.device_put  # Backend.put, without a mesh of devices
 
     @cached_property
     def params(self) -> Any:
         """The tree of PartitionSpecs of the parameters."""
-        return jax.tree.map(lambda t: PartitionSpec(*placed(t.axes, t.flat)), self.model.tensors)
+        return jax.tree.map(lambda t: PartitionSpec(*kept_places(t)), self.model.tensors)
 
     @cached_property
     def head(self) -> Any:
@@ -90,44 +95,56 @@ class Placement:
         leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
         return jax.tree.map(part, specs, tree, is_leaf=leaf)
 
-    def abstract_weights(self, params: Any) -> Any:
-        """The ShapeDtypeStructs of the parameters, in their places and formats."""
-
-        def leaf(t: Tensor, a: Any, spec: PartitionSpec) -> Any:
-            place = self._sharding(spec)
-            if t.axes.startswith("L ") and place is not None:
-                place = self.stack_format(len(a.shape), place)
-            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
-
-        return jax.tree.map(leaf, self.model.tensors, params, self.params)
-
     def _sharding(self, spec: PartitionSpec) -> Any:
-        return self.here if self.mesh is None else NamedSharding(self.mesh, spec)
+        alone = self.mesh is None or self.cores
+        return self.here if alone else NamedSharding(self.mesh, spec)
+
+    @property
+    def cores(self) -> bool:
+        """Whether the mesh is of cores that are no devices of jax."""
+        return isinstance(self.mesh, AbstractMesh)
 
     def put(self, array: np.ndarray) -> jax.Array:
         """Something that belongs to slots, with its leading data axis."""
-        if self.mesh is None:
+        if self.mesh is None or self.cores:
             return self.put_here(array)
-        return jax.device_put(array, NamedSharding(self.mesh, ROWS))
+        return self._put(array, ROWS)
 
     def put_weight(self, array: np.ndarray, tensor: Tensor) -> jax.Array:
         """A parameter: each device gets its part."""
         if self.mesh is None:
-            return self.put_here(array.reshape(flat_shape(tensor, array.shape)))
+            return self.put_here(kept(tensor, array))
+        if self.cores:
+            along = [d for d, axes in enumerate(placed(tensor.axes)) if axes]
+            return self.put_here(array, along[0] if along else None)
         cut = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes)))
-        if not tensor.flat:
-            return jax.device_put(array, cut)
-        # Each device's part is made flat by itself: gate and up of its columns side by side.
+        if not (tensor.flat or tensor.columns):
+            return self._put(array, cut.spec)
+        # Each device's part is laid out by itself: gate and up of its columns side by side.
         parts = [
-            jax.device_put(part.reshape(flat_shape(tensor, part.shape)), device)
+            jax.device_put(kept(tensor, part), device)
             for device, index in cut.addressable_devices_indices_map(array.shape).items()
             for part in [array[index]]
         ]
-        place = NamedSharding(self.mesh, PartitionSpec(*placed(tensor.axes, tensor.flat)))
-        shape = flat_shape(tensor, array.shape)
+        place = NamedSharding(self.mesh, PartitionSpec(*kept_places(tensor)))
+        shape = kept_shape(tensor, array.shape)
         return jax.make_array_from_single_device_arrays(shape, place, parts)
+
+    def _put(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
+        place = NamedSharding(self.mesh, spec)
+        if self.mesh.is_multi_process:  # device_put would ask the other hosts if theirs is equal
+            return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
+        return jax.device_put(array, place)
 
     @property
     def key(self) -> object:
         """What decides a program besides its function and shapes, for a name on disk."""
-        return None if self.mesh is None else tuple(self.mesh.shape.items())
+        if self.mesh is None:
+            return None
+        hosts = (jax.process_count(), jax.process_index()) if self.mesh.is_multi_process else ()
+        return (*self.mesh.shape.items(), *hosts)
+
+    @property
+    def shards(self) -> int:
+        """How often the leading axis of what belongs to slots is cut."""
+        return 1 if self.mesh is None else self.mesh.shape["data"]

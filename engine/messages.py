@@ -109,6 +109,9 @@ class Stats(msgspec.Struct, array_like=True):
     iterations: list[int] = []  # steps by their tokens, counted in the buckets ITERATION_TOKENS
     iteration_tokens: int = 0  # their sum
     resident_bytes: int = 0  # memory of the engine's process that is in RAM
+    hosts: int = 1
+    orders: int = 0  # messages that the leader of several hosts sent to each, one or two a step
+    order_bytes: int = 0  # their sizes together
 
 
 class Output(msgspec.Struct, tag="output", array_like=True, omit_defaults=True):

@@ -29,6 +29,7 @@ import numpy as np
 import zmq
 
 from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.link import Leader
 from octavo.engine.messages import (
     Abort,
     AddRequest,
@@ -130,6 +131,7 @@ class Outbox:
         self._socket.bind(outputs_endpoint(address))
         self._encode = msgspec.msgpack.Encoder().encode
         self.clients: set[int] = set()
+        self.last_words = ""  # what the clients were told at the end
         self.gone: set[int] = set()  # clients that left since the loop last looked
 
     def greet(self, ready: Ready | Dead) -> None:
@@ -295,9 +297,12 @@ def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
     inbox, outbox = Inbox(context, address), Outbox(context, address)
     inbox.start()
     engine: Core | None = None
+    leader: Leader | None = None
     code = 0
     try:  # until it is ready, a signal ends it at once: nothing has been accepted
-        engine = _build(core, config)
+        if config.hosts != 1:
+            leader = importlib.import_module("octavo.engine.team").lead(config, address)
+        engine = _build(core, config, leader)
         loop = Loop(engine, inbox, outbox)
         _on_stop_signals(lambda *_: setattr(loop, "stopping", True))
         gc.collect()
@@ -306,8 +311,12 @@ def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
     except ConfigError as error:
         code = _farewell(outbox, str(error), exit_code=2)
     except Exception as error:
-        traceback.print_exc()
-        code = _farewell(outbox, f"{type(error).__name__}: {error}", exit_code=1)
+        lost = leader.why() if leader is not None else ""
+        if not lost:
+            traceback.print_exc()
+        code = _farewell(outbox, lost or f"{type(error).__name__}: {error}", exit_code=1)
+    if leader is not None:
+        leader.stop(outbox.last_words)
     if engine is not None:
         with contextlib.suppress(Exception):  # it may be what failed
             engine.close()
@@ -316,7 +325,7 @@ def run_engine(config: EngineConfig, address: str, core: str = CORE) -> int:
     return code
 
 
-def _build(core: str, config: EngineConfig) -> Core:
+def _build(core: str, config: EngineConfig, leader: Leader | None = None) -> Core:
     """The engine itself: only here does this process begin to import jax."""
     own = core != CORE
     module, name = (core if own else core_of(config)).split(":")
@@ -326,14 +335,15 @@ def _build(core: str, config: EngineConfig) -> Core:
         engine = make(config)
         return engine
     with importlib.import_module("octavo.engine.progress").startup_progress() as progress:
-        engine = make(config, progress=progress)
+        more = {} if leader is None else {"leader": leader}
+        engine = make(config, progress=progress, **more)
     return engine
 
 
 def _farewell(outbox: Outbox, message: str, exit_code: int) -> int:
     """Tell every client, those who come within a moment too, why this engine ends."""
     _on_stop_signals(signal.SIG_IGN)  # it is ending already, with an exit code of its own
-    dead = Dead(message)
+    dead, outbox.last_words = Dead(message), message
     outbox.broadcast(dead)
     until = time.monotonic() + 1.0
     while time.monotonic() < until and not outbox.clients:
@@ -361,7 +371,11 @@ def main() -> None:
     order = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, args=(order["address"],), daemon=True).start()
     config = EngineConfig(**order["config"])
-    code = run_engine(config, order["address"], order["core"])
+    if config.host_index > 0:
+        follower = importlib.import_module("octavo.engine.follower")
+        code = follower.run_follower(config, order["address"])
+    else:
+        code = run_engine(config, order["address"], order["core"])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no destructor of a device runtime may hang a finished process

@@ -4,6 +4,7 @@
     forward (R, T)   the decode buckets of R with T = 0, and the prompt buckets of T at full R
     sample (R)       greedy, plain, and rich (masks and log probabilities)
     score (T)        log probabilities of prompt tokens
+    whole (R)        forward and sample in one, greedy and plain, where the backend wants that
     several (R)      a few steps of forward and sample, greedy and plain, for models so small that
                      the host is what a step waits for
 
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -24,34 +25,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from octavo.engine import step
+from octavo.engine import functions, step, thin
 from octavo.engine.compiles import WATCH
 from octavo.engine.grammar.guide import mask_words
 from octavo.engine.host import Limits
 from octavo.engine.mesh import ROWS, STATE, Placement
 from octavo.engine.plan import CHUNKS, plan_size
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
-from octavo.engine.state import EngineState, empty_pages, empty_slots
 from octavo.engine.store import Store
+from octavo.engine.thin import Thin
 
 Progress = Callable[[str, int, int], None]  # what, done, total
-
-
-def one_shard(tree: Any) -> Any:
-    """Drop the leading data axis of size 1."""
-    return jax.tree.map(lambda a: a.reshape(a.shape[1:]), tree)
-
-
-def as_shard(tree: Any) -> Any:
-    """Add the leading data axis."""
-    return jax.tree.map(lambda a: a.reshape((1, *a.shape)), tree)
-
-
-def new_state(machine: step.Machine, init_kv: Callable[[], Any]) -> EngineState:
-    """An empty state, one data shard; traceable."""
-    dims = machine.dims
-    pages = tuple(empty_pages(dims, group) for group in dims.groups)
-    return as_shard(EngineState(slots=empty_slots(dims), pages=pages, kv=init_kv()))
 
 
 @dataclass
@@ -65,6 +49,7 @@ class Job:
     donate: tuple[int, ...] = ()
     tokens: int = 0  # that it runs
     static: tuple[Any, ...] = ()  # what the function was made with, besides sizes and model
+    slots: tuple[str, ...] = ()  # the leaves of slots that it touches (thin.py); () is all
 
     @property
     def details(self) -> tuple[Any, ...]:
@@ -89,6 +74,7 @@ class Programs:
     rich: dict[int, Any] = field(default_factory=dict)
     score: dict[int, Any] = field(default_factory=dict)
     several: dict[tuple[int, bool], Any] = field(default_factory=dict)  # by (R, greedy)
+    whole: dict[tuple[int, bool], Any] = field(default_factory=dict)  # likewise
     # By name: seconds to trace, which one thread does, and seconds of a thread to compile.
     builds: dict[str, tuple[float, float]] = field(default_factory=dict)
     found: int = 0  # programs that were kept from an earlier run
@@ -115,13 +101,15 @@ class Programs:
         """Compile everything. params: arrays or ShapeDtypeStructs. `stop` ends it unfinished."""
         place = self.placement
         state = self.empty_state(init_kv)
-        jobs = self.jobs(params, init_kv)
+        jobs, compiles = self.jobs(params, init_kv), self.machine.backend.compile
+        if compiles is None:  # jax's own programs
+            jobs = [_thin(job) for job in jobs]
         store = None
-        if self.folder is not None and self.machine.backend.compile is None:
+        if self.folder is not None and compiles is None:
             made_from = (self.machine.model.config, self.machine.dims, self.machine.backend.name)
-            devices = self.machine.backend.devices if self.elsewhere is not None else ()
             mesh = () if place.key is None else (place.key,)
-            store = Store(self.folder / "whole", *made_from, _shapes(state), *mesh, devices=devices)
+            made_from = (*made_from, _shapes(state), *mesh)
+            store = Store(self.folder / "whole", *made_from, devices=self._devices())
         done = 0
         with WATCH.building(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Tracing holds the interpreter, compiling does not: trace here, compile there.
@@ -130,9 +118,9 @@ class Programs:
                 if stop is not None and stop.is_set():
                     threads.shutdown(cancel_futures=True)
                     raise CancelledError
-                here = store is not None and self.elsewhere is None
-                if here and store.has(job.name, job.details):
-                    futures.append((job, threads.submit(_timed, store.load, job.name, job.details)))
+                kept = store if self.elsewhere is None else None
+                if kept is not None and kept.has(job.name, job.details):
+                    futures.append((job, threads.submit(_timed, kept.load, job.name, job.details)))
                 else:
                     futures.append((job, self._build(job, store, threads)))
             for job, work in futures:
@@ -143,7 +131,7 @@ class Programs:
                     program, seconds = self._build(job, store, threads).result()
                 self.found += job.name not in self.builds
                 self.builds[job.name] = (self.builds.get(job.name, (0.0, 0.0))[0], seconds)
-                job.place(program)
+                job.place(Thin(program, job.slots) if job.slots and compiles is None else program)
                 self.made[job.name] = program
                 done += 1
                 if progress is not None:
@@ -178,20 +166,22 @@ class Programs:
     def placement(self) -> Placement:
         """Where everything lies."""
         backend, here = self.machine.backend, self.elsewhere
-        if here is None and backend.stacked:
-            here = jax.sharding.SingleDeviceSharding(backend.devices[0])
-        return Placement(
-            self.machine.mesh, self.machine.model, here, backend.stack_format, backend.put
-        )
+        return Placement(self.machine.mesh, self.machine.model, here, backend.put)
+
+    def _devices(self) -> tuple[Any, ...]:
+        """What the programs run on, in the mesh's order."""
+        mesh = self.machine.mesh
+        return self.machine.backend.devices[:1] if mesh is None else tuple(mesh.devices.flat)
 
     def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         """An abstract array that belongs to slots: one shard has `shape`."""
         data = 1 if self.machine.mesh is None else self.machine.mesh.shape["data"]
         return self.placement.abstract(jax.ShapeDtypeStruct((data, *shape), dtype), ROWS)
 
-    def _empty(self, init_kv: Callable[[], Any]) -> Callable[[], Any]:
-        """What makes an empty state."""
-        return self.placement.program(lambda: new_state(self.machine, init_kv), (), STATE)
+    def _empty(self, init_kv: Callable[[], Any], *, each: bool = False) -> Callable[[], Any]:
+        """What makes an empty state; `each`: what every core makes for itself."""
+        make = partial(functions.new_state, self.machine, init_kv)
+        return make if each else self.placement.program(make, (), STATE)
 
     def empty_state(self, init_kv: Callable[[], Any]) -> Any:
         """Its arrays, abstract."""
@@ -200,8 +190,8 @@ class Programs:
     def jobs(self, params: Any, init_kv: Callable[[], Any]) -> list[Job]:
         """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs."""
         machine, dims, place = self.machine, self.machine.dims, self.placement
-        params, state = place.abstract_weights(params), self.empty_state(init_kv)
-        empty = self._empty(init_kv)
+        params, state = place.abstract(params, place.params), self.empty_state(init_kv)
+        empty = self._empty(init_kv, each=place.cores)
         vector = self._rows(plan_size(dims))
         head = machine.model.head(params)
         edited = (state.slots, state.pages, vector)
@@ -209,7 +199,7 @@ class Programs:
             Job(
                 "edit",
                 self._set("edit"),
-                place.program(_edit(machine), (ROWS, ROWS, ROWS), ROWS),
+                place.program(functions.edit(machine), (ROWS, ROWS, ROWS), ROWS),
                 edited,
                 (0, 1),
             ),
@@ -219,24 +209,27 @@ class Programs:
         for rows, tokens in sorted(self.shapes(), reverse=True):
             ins: tuple[Any, ...] = (place.params, STATE, *([ROWS] if tokens else []))
             arguments = (params, state, vector) if tokens else (params, state)
+            slots = thin.CHUNKS if tokens else thin.ROWS
             for pages in self.contexts():
-                forward = _forward(machine, rows, tokens, pages)
+                forward = functions.forward(machine, rows, tokens, pages)
                 function = place.program(forward, ins, (STATE, ROWS, ROWS))
                 name = f"forward {rows} rows + {tokens} tokens"
                 name += f" of {pages} pages" if pages else ""
-                where = self._put(self.forward, forward_key(rows, tokens, pages))
-                jobs.append(Job(name, where, function, arguments, (1,), rows + tokens))
+                where = self._put(self.forward, functions.forward_key(rows, tokens, pages))
+                jobs.append(Job(name, where, function, arguments, (1,), rows + tokens, (), slots))
+        jobs += self._whole_jobs(params, state)
         for rows in self.limits.several_rows:
             for greedy in (True, False):
                 name = f"{'greedy' if greedy else 'plain'} steps of {rows} rows"
                 function = place.program(
-                    _several(machine, rows, self.limits.steps, greedy),
+                    functions.several(machine, rows, self.limits.steps, greedy),
                     (place.params, STATE),
                     (STATE, ROWS, ROWS),
                 )
                 where = self._put(self.several, (rows, greedy))
                 static = (self.limits.steps,)
-                jobs.append(Job(name, where, function, (params, state), (1,), rows, static))
+                read = thin.GREEDY if greedy else thin.SAMPLE
+                jobs.append(Job(name, where, function, (params, state), (1,), rows, static, read))
         for rows, tokens in self.shapes():
             passed = self._passed(params, rows, tokens)
             if tokens and tokens not in self.score:
@@ -245,7 +238,7 @@ class Programs:
                 named = self._rows(CHUNKS, MAX_LOGPROB_TOKEN_IDS)
                 most = (self._most_logprobs(),)
                 ins = (place.head, ROWS, ROWS, ROWS)
-                function = place.program(_score(machine, *most), ins, ROWS)
+                function = place.program(functions.score(machine, *most), ins, ROWS)
                 where = self._put(self.score, tokens)
                 scored = (head, hidden, targets, named)
                 jobs.append(
@@ -255,6 +248,29 @@ class Programs:
                 jobs += self._sample_jobs(head, state.slots, passed, rows)
         return jobs
 
+    def _whole_jobs(self, params: Any, state: Any) -> list[Job]:
+        """Decode steps that are one program, where a dispatch is what a step waits for."""
+        if not self.machine.backend.whole_steps:
+            return []
+        place = self.placement
+        ins = (place.params, STATE)
+        return [
+            Job(
+                f"{'greedy' if greedy else 'plain'} step of {rows} rows",
+                self._put(self.whole, (rows, greedy)),
+                place.program(
+                    functions.whole(self.machine, rows, greedy), ins, (STATE, ROWS, ROWS)
+                ),
+                (params, state),
+                (1,),
+                rows,
+                (),
+                thin.GREEDY if greedy else thin.SAMPLE,
+            )
+            for rows in self.limits.row_buckets
+            for greedy in (True, False)
+        ]
+
     def _sample_jobs(self, head: Any, slots: Any, passed: Any, rows: int) -> list[Job]:
         """Sampling sees the same rows whether or not there were chunk tokens beside them."""
         machine = self.machine
@@ -262,7 +278,7 @@ class Programs:
         mask = self._rows(rows, mask_words(machine.dims.vocab), dtype=jnp.uint32)
         named = self._rows(rows, MAX_LOGPROB_TOKEN_IDS)
         most = (self._most_logprobs(),)
-        rich = _rich(machine, *most)
+        rich = functions.rich(machine, *most)
         plain = (head, slots, rows_only)
         place = self.placement
 
@@ -278,11 +294,12 @@ class Programs:
                 (1,),
                 rows,
                 most,
+                thin.GREEDY if name == "greedy" else thin.SAMPLE,
             )
             for name, where, function, arguments in (
-                ("greedy", self.greedy, _greedy(machine), plain),
-                ("sample", self.sample, _sample(machine), plain),
-                ("masked", self.masked, _masked(machine), (*plain, mask)),
+                ("greedy", self.greedy, functions.greedy(machine), plain),
+                ("sample", self.sample, functions.sample(machine), plain),
+                ("masked", self.masked, functions.masked(machine), (*plain, mask)),
                 ("rich", self.rich, rich, (*plain, mask, named)),
             )
         ]
@@ -324,83 +341,9 @@ def _timed(work: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any
     return work(*arguments, **named), time.perf_counter() - began
 
 
-def _edit(machine: step.Machine) -> Any:
-    def edit(slots: Any, pages: Any, vector: jax.Array) -> Any:
-        return as_shard(step.edit(machine, one_shard(slots), one_shard(pages), vector[0]))
-
-    return edit
-
-
-def forward_key(rows: int, tokens: int, context: int = 0) -> tuple[int, ...]:
-    """Where `Programs.forward` has the program of R rows and T tokens; 0 pages are all."""
-    return (rows, tokens, context) if context else (rows, tokens)
-
-
-def _forward(machine: step.Machine, rows: int, tokens: int, context: int = 0) -> Any:
-    def forward(params: Any, state: Any, vector: jax.Array | None = None) -> Any:
-        plan = None if vector is None else vector[0]
-        sizes = {"rows": rows, "tokens": tokens, "context": context}
-        out = step.forward(machine, params, one_shard(state), plan, **sizes)
-        return as_shard(out)
-
-    return forward
-
-
-def _greedy(machine: step.Machine) -> Any:
-    def greedy(head: Any, slots: Any, passed: Any) -> Any:
-        after, packed, _ = step.sample(
-            machine, head, one_shard(slots), one_shard(passed), greedy=True
-        )
-        return as_shard((after, packed))
-
-    return greedy
-
-
-def _sample(machine: step.Machine) -> Any:
-    def sample(head: Any, slots: Any, passed: Any) -> Any:
-        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed))
-        return as_shard((after, packed))
-
-    return sample
-
-
-def _masked(machine: step.Machine) -> Any:
-    def masked(head: Any, slots: Any, passed: Any, mask: jax.Array) -> Any:
-        after, packed, _ = step.sample(machine, head, one_shard(slots), one_shard(passed), mask[0])
-        return as_shard((after, packed))
-
-    return masked
-
-
-def _several(machine: step.Machine, rows: int, steps: int, greedy: bool) -> Any:
-    def several(params: Any, state: Any) -> Any:
-        """The state after, packed i32[steps, 4, R] and taken i32[steps, ...] of every step."""
-        head = machine.model.head(params)
-
-        def one(
-            state: EngineState, nothing: None
-        ) -> tuple[EngineState, tuple[jax.Array, jax.Array]]:
-            state, passed, taken = step.forward(machine, params, state, None, rows=rows, tokens=0)
-            slots, packed, _ = step.sample(machine, head, state.slots, passed, greedy=greedy)
-            return replace(state, slots=slots), (packed, taken)
-
-        after, (packed, taken) = jax.lax.scan(one, one_shard(state), length=steps)
-        return as_shard((after, packed, taken))
-
-    return several
-
-
-def _rich(machine: step.Machine, logprobs: int) -> Any:
-    def rich(head: Any, slots: Any, passed: Any, mask: jax.Array, named: jax.Array) -> Any:
-        rows = (one_shard(slots), one_shard(passed), mask[0], named[0])
-        return as_shard(step.sample(machine, head, *rows, logprobs=logprobs))
-
-    return rich
-
-
-def _score(machine: step.Machine, logprobs: int) -> Any:
-    def score(head: Any, hidden: jax.Array, targets: jax.Array, named: jax.Array) -> Any:
-        parts = (hidden[0], targets[0], named[0])
-        return as_shard(step.score(machine, head, *parts, logprobs=logprobs))
-
-    return score
+def _thin(job: Job) -> Job:
+    """The job with the state that it touches."""
+    if not job.slots:
+        return job
+    params, state, *more = job.arguments
+    return replace(job, arguments=(params, thin.lend(state, job.slots), *more))

@@ -22,12 +22,19 @@ class EngineFailure(RuntimeError):
 class Recovery:
     """Counts failures, and puts the host back to a state that matches an empty device."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = True) -> None:
+        """alone: no other host runs the same steps."""
+        self.alone = alone
         self.restarts = 0
         self._idle_failure = False
 
     def step_failed(self, lanes: list[Host], error: Exception) -> None:
         """Requeue everybody. Raises EngineFailure where nothing came between two failures."""
+        if not self.alone:  # who knows how far the others came
+            raise EngineFailure(
+                f"a step failed, which ends an engine of several hosts: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         known = {s: int(host.known[s.slot]) for host in lanes for s in host.occupant if s}
         inside = list(known)
         stuck = any(s.failed_at >= known[s] for s in inside)

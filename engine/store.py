@@ -60,7 +60,8 @@ class Store:
         """`made_from`: whatever decides the programs besides the process's own surroundings; each
         must have a complete repr. `devices`: what they run on, all of this process without."""
         self.folder = folder
-        self._base = repr((_sources(), identity(devices), made_from))
+        self._devices = devices or None
+        self._base = repr((sources(), identity(devices), made_from))
 
     def _path(self, name: str, details: object) -> Path:
         digest = hashlib.sha256(repr((self._base, name, details)).encode()).hexdigest()
@@ -74,7 +75,10 @@ class Store:
         """The program, ready to be called; None where it cannot be read."""
         path = self._path(name, details)
         try:
-            program = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+            blob, ins, out = pickle.loads(path.read_bytes())
+            program = serialize_executable.deserialize_and_load(
+                blob, ins, out, execution_devices=self._devices
+            )
             os.utime(path)
         except Exception as error:  # another driver, half a file: it is compiled again
             logger.debug("the compiled program %s cannot be used: %s", path, error)
@@ -117,7 +121,7 @@ class Store:
 
 
 @cache
-def _sources() -> str:
+def sources() -> str:
     """One digest of the code that programs are traced from."""
     digest = hashlib.sha256()
     root = Path(octavo.__file__).parent

@@ -109,16 +109,21 @@ def attention(
     config = fixed.config
     mixed = whole(ops.linear(x, w.qkv), w.qkv)
     mixed = mixed.reshape(x.shape[0], config.K, -1, config.D)  # [N, K, J, D]
-    q = mixed[:, :, :-2].reshape(-1, config.H, config.D)
-    k, v = mixed[:, :, -2], mixed[:, :, -1]  # [N, K, D]
-    if w.q_norm is not None and w.k_norm is not None:
-        offset = norm_offset(config)
-        q = rms_norm(q, w.q_norm, config.eps, offset)
-        k = rms_norm(k, w.k_norm, config.eps, offset)
-    q, k = rotate(q, turn), rotate(k, turn)
     call = AttentionSpec(spec, scale=config.query_scale, softcap=config.attention_softcap)
     extra = {"sinks": w.sinks, "kv_scales": w.kv_scales}
     extra = {name: given for name, given in extra.items() if given is not None}
+    norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
+    offset = norm_offset(config)
+    packed = ops.attend_packed(mixed, turn, norms, kv, call, config.eps, offset, **extra)
+    if packed is not None:
+        y, kv = packed
+        return ops.closing(y.reshape(-1, config.H * config.D), w.out), kv
+    q = mixed[:, :, :-2].reshape(-1, config.H, config.D)
+    k, v = mixed[:, :, -2], mixed[:, :, -1]  # [N, K, D]
+    if norms is not None:
+        q = rms_norm(q, norms[0], config.eps, offset)
+        k = rms_norm(k, norms[1], config.eps, offset)
+    q, k = rotate(q, turn), rotate(k, turn)
     y, kv = ops.attend(q, k, v, kv, call, **extra)
     return ops.closing(y.reshape(-1, config.H * config.D), w.out), kv
 
@@ -167,8 +172,9 @@ def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     order = jnp.argsort(expert.reshape(-1))  # stable: sorted pair -> pair
     sizes = jnp.sum(expert.reshape(-1, 1) == jnp.arange(X), axis=0, dtype=jnp.int32)
     f = config.expert_F
+    first: tuple[jax.Array, ...] = ()
     if w.layer is None:
-        first, gate_up, down = (), w.gate_up.reshape(X, -1, 2 * f), w.down
+        gate_up, down = w.gate_up.reshape(X, -1, 2 * f), w.down
     else:  # the experts of all layers, one behind another
         first, gate_up, down = (w.layer * X,), _flat(w.gate_up), _flat(w.down)
     both = ops.grouped_linear(x[order // k], gate_up, sizes, *first)

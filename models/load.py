@@ -15,12 +15,11 @@ import numpy as np
 
 from octavo.models.layers import Decoder
 from octavo.models.registry import Model
-from octavo.models.tensors import Tensor, fill, flat_shape, shape, unstack
+from octavo.models.tensors import Tensor, fill, kept, shape, unstack
 
 Get = Callable[[str], np.ndarray]
 Put = Callable[[np.ndarray, Tensor], jax.Array]  # a parameter, to its place
 Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
-StackFormat = Callable[[int, Any], Any]  # (axes, sharding) -> sharding or jax's Format
 
 # Tensors of some checkpoints that a decoder does not need: buffers, and the parts that see.
 HARMLESS_ENDINGS = (
@@ -43,14 +42,9 @@ BERT_EXTRAS = (
 )
 
 
-def where_it_lies(axes: int, sharding: Any) -> Any:
-    """The StackFormat of most devices: as jax would."""
-    return sharding
-
-
 def on_this_device(array: np.ndarray, tensor: Tensor) -> jax.Array:
     """A parameter, where the model is whole and the device is jax's first."""
-    return jax.device_put(array.reshape(flat_shape(tensor, array.shape)))
+    return jax.device_put(kept(tensor, array))
 
 
 class LoadError(ValueError):
@@ -64,11 +58,8 @@ def load_params(
     dtype: Any,
     put: Put = on_this_device,
     progress: Progress | None = None,
-    stack_format: StackFormat = where_it_lies,
 ) -> Decoder:
     """Read every parameter of `model` with `get` (by Hugging Face name), as `dtype`.
-
-    `stack_format` says how stacked layers lie on their device (`Backend.stack_format`).
 
     Raises LoadError where a name is missing or left over, or a shape differs.
     """
@@ -106,12 +97,10 @@ def load_params(
             progress(t.pieces[0].name, done, total)
         return array
 
-    return jax.tree.map(lambda t: _placed(t, make, put, stack_format), model.tensors)
+    return jax.tree.map(lambda t: _placed(t, make, put), model.tensors)
 
 
-def _placed(
-    t: Tensor, make: Callable[[Tensor], np.ndarray], put: Put, stack_format: StackFormat
-) -> jax.Array:
+def _placed(t: Tensor, make: Callable[[Tensor], np.ndarray], put: Put) -> jax.Array:
     """One parameter on its device; of a stack, layer after layer."""
     layers = unstack(t)
     if layers == (t,):
@@ -120,7 +109,7 @@ def _placed(
     for at, layer in enumerate(layers):
         array = put(make(layer), layer)
         if stack is None:
-            form = stack_format(array.ndim + 1, _of_stack(array.sharding))
+            form = _of_stack(array.sharding)
             shape, dtype = (len(layers), *array.shape), array.dtype
             stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=form)()  # noqa: B023
         stack = _put_in(form)(stack, array, at)
@@ -210,7 +199,6 @@ def random_params(
     seed: int = 0,
     dtype: Any = np.float32,
     put: Put = on_this_device,
-    stack_format: StackFormat = where_it_lies,
 ) -> Decoder:
     """Weights for measuring without a checkpoint: finite logits, no meaning.
 
@@ -230,7 +218,7 @@ def random_params(
         scaled = np.roll(block * fan_in**-0.5, random.integers(len(block))).astype(dtype)
         return np.resize(scaled, dims)
 
-    return jax.tree.map(lambda t: _placed(t, make, put, stack_format), model.tensors)
+    return jax.tree.map(lambda t: _placed(t, make, put), model.tensors)
 
 
 def _fan_in(t: Tensor, dims: tuple[int, ...]) -> int:

@@ -82,7 +82,7 @@ class Across(Protocol):
 
 @dataclass(frozen=True)
 class Ops:
-    """The four operations a backend brings, and the way to the other shards.
+    """The four operations a backend brings, one more that it may, and the way to the other shards.
 
     attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, spec: AttentionSpec) -> ([N, H, D], cache)
         stores this layer's keys and values in its pages, then attends. Which pages and positions:
@@ -98,12 +98,16 @@ class Ops:
         applies block(x, layer_params, layer_cache, spec) -> (x, layer_cache) to each layer in turn.
         `layers` is a tuple of trees, or `Stacks` where the backend asked for them.
     dense_experts: neither sort nor top-k is there, so every expert meets every token.
+    attend_packed(mixed [N, K, J, D], turn, norms, cache, spec, eps, offset) -> as attend, or None
+        `attend` of the projections as they come: it norms (norms: weights [D] of queries and keys,
+        each plus `offset`, or None) and turns them too. None: do that first, then `attend`.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]]
     linear: Callable[[jax.Array, Linear], jax.Array]
     grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
+    attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
     across: Across | None = None  # None: the model is whole
     dense_experts: bool = False  # every expert meets every token
 

@@ -4,7 +4,7 @@ A new family is one file with `tensors(config)` and `forward(fixed, params, ...)
 FAMILIES, and its names in config.FAMILY_OF.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -81,25 +81,30 @@ class Model:
     @property
     def sizes(self) -> dict[str, int]:
         """The letters of the shapes of parameters; R shards, L layers of a stack."""
-        return self.whole.sizes | {"R": self.shards.count, "L": self._loops}
+        return self.whole.sizes | {"R": self.shards.count, "L": self.loops}
 
     @property
     def local_sizes(self) -> dict[str, int]:
         """The same for what one shard has."""
-        return self.local.sizes | {"R": 1, "L": self._loops}
+        return self.local.sizes | {"R": 1, "L": self.loops}
 
     @property
-    def _loops(self) -> int:
+    def loops(self) -> int:
         return len(self.layer_specs) // self.period
 
 
 def build(
-    config: ModelConfig, max_model_len: int, shards: Shards = ONE, *, stacked: bool = False
+    config: ModelConfig,
+    max_model_len: int,
+    shards: Shards = ONE,
+    *,
+    stacked: bool = False,
+    columns: int = 0,
 ) -> Model:
     """The model for sequences of up to `max_model_len` tokens, prompt and output.
 
-    stacked: its layers are `Stacks`, for a backend that runs them in a loop. Raises
-    ModelConfigError where it cannot be cut into `shards`.
+    stacked: its layers are `Stacks`, for a backend that runs them in a loop; columns: with matrices
+    in blocks of so many. Raises ModelConfigError where it cannot be cut into `shards`.
     """
     check(config, shards)
     family = FAMILIES[config.family]
@@ -115,7 +120,7 @@ def build(
     tree = family.tensors(whole(checkpoint, shards))
     period = _period(specs, tree.layers)
     if stacked:
-        tree = replace(tree, layers=_stacks(tree.layers, period))
+        tree = replace(tree, layers=_stacks(tree.layers, period, columns, config.sizes))
     if shards.count > 1:
         tree = replace(tree, rank=tensor("R 2", init="ranks"))
     return Model(
@@ -141,9 +146,13 @@ def layer_specs(windows: tuple[int, ...], max_model_len: int) -> tuple[LayerSpec
     return tuple(LayerSpec(group=group if w else 0, window=w) for w in windows)
 
 
-def _stacks(trees: tuple[Any, ...], period: int) -> Stacks:
-    """Trees of Tensors, one per layer, as stacks of whole periods and what is left."""
-    trees = jax.tree.map(_two_dimensional, trees, is_leaf=_is_projection)
+def _stacks(trees: tuple[Any, ...], period: int, columns: int, sizes: Mapping[str, int]) -> Stacks:
+    """Trees of Tensors, one per layer, as stacks of whole periods and what is left.
+
+    sizes: of one shard, which decides whether a matrix has whole blocks of columns.
+    """
+    flat = partial(_matrices, columns, sizes)
+    trees = jax.tree.map(flat, trees, is_leaf=_is_projection)
     whole = len(trees) // period * period
     periods = tuple(
         jax.tree.map(lambda *same: stack(same), *trees[at:whole:period]) for at in range(period)
@@ -155,14 +164,22 @@ def _is_projection(node: Any) -> bool:
     return isinstance(node, Linear | layers.Experts)
 
 
-def _two_dimensional(node: Any) -> Any:
+def _matrices(columns: int, sizes: Mapping[str, int], node: Any) -> Any:
     """Projections as matrices: a loop over layers reads those where they lie, and copies others."""
+
+    def matrix(t: Any, keep: int) -> Any:
+        t = flatten(t, keep)
+        whole_blocks = columns and array_shape(t, sizes)[-1] % columns == 0
+        return replace(t, columns=columns) if whole_blocks else t
+
+    flat: Any = flatten  # its leaves are Tensors, which stand for arrays
     if isinstance(node, Linear):
-        bias: Any = node.bias
-        return Linear(flatten(node.weight, 1), None if bias is None else flatten(bias, 0))
+        bias = None if node.bias is None else flat(node.bias, 0)
+        return Linear(matrix(node.weight, 1), bias)
     if isinstance(node, layers.Experts):
-        router = _two_dimensional(node.router)
-        return replace(node, router=router, gate_up=flatten(node.gate_up, 2))
+        router = _matrices(columns, sizes, node.router)
+        gate_up, down = matrix(node.gate_up, 2), matrix(node.down, 2)
+        return replace(node, router=router, gate_up=gate_up, down=down)
     return node
 
 

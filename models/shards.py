@@ -16,6 +16,7 @@ experts lie whole on `expert`, their width on `model`.
 from dataclasses import dataclass, replace
 
 from octavo.models.config import ModelConfig, ModelConfigError
+from octavo.models.tensors import Tensor
 
 SPLIT = ("expert", "model")  # the axes of the mesh that cut one copy of a model
 
@@ -86,9 +87,9 @@ def check(config: ModelConfig, shards: Shards) -> None:
     if config.K % n and n % config.K:
         wrong.append(f"{config.K} key-value heads")
     if wrong:
-        fits = ", ".join(str(m) for m in range(2, 65) if _fits(config, m)) or "none"
+        sizes = ", ".join(str(m) for m in range(2, 65) if fits(config, m)) or "none"
         raise ModelConfigError(
-            f"{' and '.join(wrong)} cannot be cut {n} ways; sizes of `model` that fit: {fits}"
+            f"{' and '.join(wrong)} cannot be cut {n} ways; sizes of `model` that fit: {sizes}"
         )
 
 
@@ -96,7 +97,8 @@ def _dense(config: ModelConfig) -> bool:
     return not config.X or (bool(config.sparse) and not all(config.sparse))
 
 
-def _fits(config: ModelConfig, n: int) -> bool:
+def fits(config: ModelConfig, n: int) -> bool:
+    """Whether `model=n` can cut the model."""
     heads = config.H % n == 0 and (config.K % n == 0 or n % config.K == 0)
     dense = not _dense(config) or config.F % n == 0
     return heads and dense and config.expert_F % n == 0
@@ -107,11 +109,19 @@ def copies(config: ModelConfig, shards: Shards) -> int:
     return whole(config, shards).K // config.K
 
 
-def placed(axes: str, flat: int = 0) -> tuple[tuple[str, ...] | str | None, ...]:
-    """The axes of the mesh that cut each dimension of a parameter; both as in tensors.py."""
-    if flat:
-        cuts = placed(axes)
-        return (*cuts[:-flat], next((cut for cut in cuts[-flat:] if cut), None))
+def kept_places(t: Tensor) -> tuple[tuple[str, ...] | str | None, ...]:
+    """The axes of the mesh that cut each dimension of a parameter as it is kept."""
+    cuts = placed(t.axes)
+    if t.flat:
+        cuts = (*cuts[: -t.flat], next((cut for cut in cuts[-t.flat :] if cut), None))
+    if not t.columns:
+        return cuts
+    *first, rows, columns = cuts
+    return (*first, columns, rows, None)
+
+
+def placed(axes: str) -> tuple[tuple[str, ...] | str | None, ...]:
+    """The same for a dimension per word; `axes` as in tensors.py."""
     words = axes.split()
     if "E" in words[:2] and words[-1] == "X":  # the router: every shard chooses for every token
         return (None,) * len(words)

@@ -43,7 +43,10 @@ class Tensor:
     axes: str
     pieces: tuple[Piece, ...]
     init: str = "normal"  # random weights: normal, ones or zeros; ranks: no weight at all
-    flat: int = 0  # the last so many words are one dimension of the array, on each shard by itself
+    # How the array is kept, on each shard by itself: the last `flat` words as one dimension, and a
+    # matrix [in, out] in blocks of so many columns, [out / columns, in, columns].
+    flat: int = 0
+    columns: int = 0
 
     kind: str = ""  # a dtype of its own, whatever the others have
 
@@ -59,14 +62,28 @@ def flatten(t: Tensor, keep: int) -> Tensor:
     return replace(t, flat=max(0, len(t.axes.split()) - keep))
 
 
-def flat_shape(t: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of an array whose words have the lengths `dims`."""
-    return (*dims[: -t.flat], math.prod(dims[-t.flat :])) if t.flat else dims
+def kept_shape(t: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which an array is kept whose words have the lengths `dims`."""
+    if t.flat:
+        dims = (*dims[: -t.flat], math.prod(dims[-t.flat :]))
+    if not t.columns:
+        return dims
+    *first, rows, columns = dims
+    return (*first, columns // t.columns, rows, t.columns)
+
+
+def kept(t: Tensor, array: np.ndarray) -> np.ndarray:
+    """An array with a dimension for every word, as it is kept."""
+    dims = kept_shape(replace(t, columns=0), array.shape)
+    array = array.reshape(dims)
+    if not t.columns:
+        return array
+    return array.reshape(*dims[:-1], -1, t.columns).swapaxes(-3, -2)
 
 
 def array_shape(t: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of the parameter as models see it."""
-    return flat_shape(t, shape(t.axes, sizes))
+    return kept_shape(t, shape(t.axes, sizes))
 
 
 def stack(layers: Sequence[Tensor]) -> Tensor:

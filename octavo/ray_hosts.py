@@ -19,7 +19,7 @@ import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-PORT = 8476
+PORT = 7461
 SERVE = (sys.executable, "-m", "octavo", "serve")
 GRACE = 60.0  # seconds for `octavo serve` to end by itself
 

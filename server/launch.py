@@ -11,6 +11,7 @@ import sys
 import tempfile
 
 from octavo.engine.config import EngineConfig
+from octavo.engine.link import last_words
 from octavo.engine.process import CORE
 
 MAX_SOCKET_PATH = 90  # bytes; the kernel allows 107 for the whole path of a socket
@@ -49,6 +50,8 @@ class EngineProcess:
         code = self._process.poll()
         if code is None:
             return None
+        if words := last_words(self.address):
+            return words
         if code < 0:
             name = signal.Signals(-code).name
             hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""

@@ -162,6 +162,8 @@ class Metrics:
             ),
             ("octavo:evictions", "Pages that the prefix cache gave up", stats.evictions),
             ("octavo:page_waits", "Turns in which no page was surely free", stats.page_waits),
+            ("octavo:host_orders", "Messages that the leader sent to each host", stats.orders),
+            ("octavo:host_order_bytes", "Bytes of these messages", stats.order_bytes),
             ("octavo:restarts", "Times the state was rebuilt after a step raised", stats.restarts),
         ):
             counter = CounterMetricFamily(name, help, labels=LABELS)

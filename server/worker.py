@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from octavo import __version__
 from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.link import last_words
 from octavo.engine.text.opened import ModelText, open_text
 from octavo.engine.text.processor import OutputProcessor
 from octavo.server.client import EngineClient
@@ -198,7 +199,7 @@ def main() -> None:
             open_text(config, settings.chat_template),
             listener,
             address=order["address"],
-            ended=lambda: _ended(order["engine_pid"]),
+            ended=lambda: _ended(order["engine_pid"], order["address"]),
             number=order["number"],
         )
     except ConfigError as error:
@@ -214,9 +215,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _ended(pid: int) -> str | None:
+def _ended(pid: int, address: str) -> str | None:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return "the engine process ended"
+        return last_words(address) or "the engine process ended"
     return None

@@ -20,30 +20,31 @@ RUNTIME = {"NEURON_RT_STOCHASTIC_ROUNDING_EN": "0", "NEURON_RT_EXEC_TIMEOUT": "6
 PJRT_FLAGS = "--model-type transformer --auto-cast none --enable-saturate-infinity"
 
 
-def backend(asked: str) -> Backend:
-    """The record with its executor. Raises NeuronError: what is missing, and the next step."""
+def backend(asked: str, count: int = 1) -> Backend:
+    """The record with its executor, for a mesh of `count` cores.
+
+    Raises NeuronError: what is missing, and the next step.
+    """
     settings = Settings.read()
     for name, value in RUNTIME.items():
         os.environ.setdefault(name, value)
     found = _pjrt(settings) if settings.executor != "aot" else None
-    executor: Pjrt | Aot = found or _aot(settings)
+    executor: Pjrt | Aot = found or _aot(settings, count)
     words = {"pjrt": "jax's neuron platform", "aot": "graphs compiled ahead, run by libnrt"}
     reason = f"neuron: {executor.target.chip}, {words[executor.name]} ({asked})"
     if isinstance(executor, Pjrt) and not executor.donates:
         reason += "; donation gave wrong numbers here, so every step copies the cache"
-    return with_executor(executor, executor.target, reason)
+    return with_executor(executor, reason)
 
 
-def with_executor(executor: Executor, target: targets.Target, reason: str) -> Backend:
-    """The record of a target whose programs and arrays are `executor`'s."""
-    devices = executor.devices if isinstance(executor, Pjrt) else ()
-    made = record(target, reason, devices, executor.memory)
+def with_executor(executor: Executor, reason: str) -> Backend:
+    """The record of the executor's target."""
+    made = record(executor.target, reason, memory_limit=executor.memory)
     return replace(
         made,
-        compile=executor.compile,
-        put=executor.put,
         close=executor.close,
         why_not=lambda config: made.why_not(config) or _why_not(config),
+        **executor.fields(),
     )
 
 
@@ -81,14 +82,15 @@ def _pjrt(settings: Settings) -> Pjrt | None:
     return Pjrt(target, devices)
 
 
-def _aot(settings: Settings) -> Aot:
-    """The runtime. Raises NoNeuronDevice."""
-    cores = Cores(settings.libnrt)
+def _aot(settings: Settings, count: int) -> Aot:
+    """The runtime. Raises NoNeuronDevice or UnsupportedTP."""
+    cores = Cores(settings.libnrt, count)
     try:
         family = cores.nrt.instance().family
         target = targets.of_family(family)
         if target is None:
             raise NoNeuronDevice(f"the runtime says this is an instance of family {family}")
+        targets.check_parallel(target, count, count)  # heads are dealt out by the engine
         cache = settings.open_cache()
         return Aot(cores, cache, target, lnc=settings.lnc, flags=settings.flags)
     except BaseException:

@@ -35,11 +35,11 @@ class Executor(Protocol):
     @property
     def name(self) -> str: ...
 
-    def compile(self, job: Job) -> Callable[..., Any]:
-        """The program, ready to be called with what `put` and other programs gave."""
+    @property
+    def target(self) -> targets.Target: ...
 
-    def put(self, array: np.ndarray) -> Any:
-        """An array to the device."""
+    def fields(self) -> dict[str, Any]:
+        """What it gives to the target's `Backend`: where programs and arrays go."""
 
     def memory(self) -> int:
         """Bytes that may still be taken on the fullest core."""
@@ -67,6 +67,10 @@ class Aot:
         self.cache = cache
         self.target = target
         self._lnc, self._flags = lnc, flags
+
+    def fields(self) -> dict[str, Any]:
+        """Programs and arrays are its own."""
+        return {"compile": self.compile, "put": self.put, "cores": self.cores.ranks}
 
     def compile(self, job: Job) -> Callable[..., Any]:
         """Raises LintError, CompileFailed, CacheMiss, NrtError and others of `errors`."""
@@ -97,9 +101,9 @@ class Aot:
 
         return empty
 
-    def put(self, array: np.ndarray) -> Any:
-        """A copy to each core."""
-        return self.cores.put(array)
+    def put(self, array: np.ndarray, axis: int | None = None) -> Any:
+        """A copy to each core, or its part of it."""
+        return self.cores.put(array, axis)
 
     def memory(self) -> int:
         """As the runtime has it."""
@@ -121,20 +125,15 @@ class Pjrt:
         if not devices:
             raise NoNeuronDevice("jax sees none, although its plugin is there")
         targets.check_x64(bool(jax.config.values["jax_enable_x64"]))
+        if jax.default_backend() != "neuron":
+            jax.config.update("jax_default_device", devices[0])
         self.target = target
         self.devices = devices
         self.donates = donation_works(devices[0])
 
-    def compile(self, job: Job) -> Callable[..., Any]:
-        """Donated arrays are copied instead where donation was seen to give wrong numbers."""
-        donate = job.donate if self.donates else ()
-        lowered = jax.jit(job.function, donate_argnums=donate).lower(*job.arguments)
-        program: Callable[..., Any] = lowered.compile()
-        return program
-
-    def put(self, array: np.ndarray) -> Any:
-        """To the first device."""
-        return jax.device_put(array, self.devices[0])
+    def fields(self) -> dict[str, Any]:
+        """Programs and arrays are jax's; donated arrays are copied where that was seen to fail."""
+        return {"devices": self.devices, "donates": self.donates}
 
     def memory(self) -> int:
         """As the plugin has it, else what such a core is sold with."""

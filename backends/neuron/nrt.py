@@ -1,7 +1,7 @@
 """AWS's runtime, libnrt, through ctypes: its public C interface, call by call; no jax.
 
-The layouts are those of the headers that the runtime is published with; `tests/neuron` compares
-them with the headers where these are installed, and with a C compiler's own view where not. Each
+The layouts are those of the headers that the runtime is published with, written down by hand;
+`tests/neuron` compares them with a C compiler's view of the same declarations. Each
 call that fails raises NrtError with the runtime's code and the next step.
 """
 

@@ -36,6 +36,7 @@ def record(
         max_num_batched_tokens=512,
         page_size=PAGE,
         dtype="bfloat16",
+        cores=max(target.tensor_parallel),
         mixed=False,
         most_chunks=1,
         branches=False,

@@ -12,7 +12,7 @@ import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Lock, Thread
 from typing import Any
 
 import ml_dtypes
@@ -22,6 +22,7 @@ from octavo.backends.neuron import neff
 from octavo.backends.neuron.errors import NeffInvalid, NoNeuronDevice
 from octavo.backends.neuron.exported import Exported
 from octavo.backends.neuron.nrt import DTYPES, INPUT, OUTPUT, Nrt, logical_cores
+from octavo.backends.neuron.work import Work, guarded, work_off
 
 KEPT_SETS = 64  # of tensors, per program and rank
 NUMPY: dict[str, Any] = {
@@ -38,35 +39,6 @@ NUMPY: dict[str, Any] = {
 }
 
 
-class Work:
-    """Something asked of every rank, done or failed."""
-
-    def __init__(self, ranks: int) -> None:
-        self.error: BaseException | None = None
-        self._left = ranks
-        self._lock = Lock()
-        self._done = Event()
-
-    @property
-    def done(self) -> bool:
-        """Whether every rank is through with it."""
-        return self._done.is_set()
-
-    def finish(self, error: BaseException | None) -> None:
-        """One rank is through with it."""
-        with self._lock:
-            self.error = self.error or error
-            self._left -= 1
-            if not self._left:
-                self._done.set()
-
-    def wait(self) -> None:
-        """Until it is done. Raises what failed."""
-        self._done.wait()
-        if self.error is not None:
-            raise self.error
-
-
 class Tensor:
     """One array in the cores' memory, a part or a copy of it on each."""
 
@@ -78,12 +50,13 @@ class Tensor:
         dtype: Any,
         work: Work | None = None,
     ) -> None:
-        self.shape = shape  # of one rank
+        self.shape = shape  # of one rank, or of the whole where it was cut on its way
         self.dtype = dtype
         self.work = work  # that makes it; None: it is there
         self._cores = cores
         self._buffers = buffers
         self._copy: tuple[Work, np.ndarray] | None = None
+        self._cut = False
 
     @property
     def buffers(self) -> "Buffers":
@@ -95,7 +68,8 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes on one rank."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        whole = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return whole // self._cores.ranks if self._cut else whole
 
     def delete(self) -> None:
         """Let its memory go; work that was asked for before still finds it."""
@@ -107,6 +81,8 @@ class Tensor:
 
     def copy_to_host_async(self) -> None:
         """Begin to read it, behind the work that makes it."""
+        if self._cut:
+            raise RuntimeError("this tensor lies in parts on several cores, and no core has all")
         if self._copy is None:
             out = np.empty(self.shape, self.dtype)
             work = Work(1)
@@ -128,6 +104,7 @@ class Tensor:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """What the first rank has."""
         self.copy_to_host_async()
+        self.block_until_ready()  # on every rank: one that failed leaves the others waiting
         assert self._copy is not None
         self._copy[0].wait()
         out = self._copy[1]
@@ -164,7 +141,7 @@ class Cores:
             SimpleQueue() for _ in range(ranks)
         ]
         self._threads = [
-            Thread(target=_work, args=(queue,), name=f"neuron core {rank}", daemon=True)
+            Thread(target=work_off, args=(queue,), name=f"neuron core {rank}", daemon=True)
             for rank, queue in enumerate(self._queues)
         ]
         for thread in self._threads:
@@ -212,7 +189,8 @@ class Cores:
         array = np.asarray(array)
         parts = [array] * self.ranks if axis is None else np.split(array, self.ranks, axis)
         parts = [np.require(part, requirements="C") for part in parts]
-        tensor = Tensor(self, self.take(parts[0].nbytes), parts[0].shape, array.dtype)
+        tensor = Tensor(self, self.take(parts[0].nbytes), array.shape, array.dtype)
+        tensor._cut = axis is not None and self.ranks > 1
         for part, handle in zip(parts, tensor.buffers.handles, strict=True):
             if part.nbytes:
                 self.nrt.write(handle, part.ctypes.data, part.nbytes)
@@ -273,7 +251,7 @@ class Program:
             def load() -> None:
                 self._models[rank] = cores.nrt.load(data, rank, rank, cores.ranks)
 
-            return _guarded(load, work)
+            return guarded(load, work)
 
         cores.ask([loading(rank) for rank in range(cores.ranks)])  # they wait for one another
         try:
@@ -318,7 +296,7 @@ class Program:
             sets = self._bind(rank, into, out)
             self._cores.nrt.execute(self._models[rank], *sets)
 
-        return _guarded(run, work)
+        return guarded(run, work)
 
     def _bind(self, rank: int, into: list[Buffers], out: list[Buffers]) -> tuple[int, int]:
         """The sets of a call's inputs and outputs."""
@@ -348,25 +326,6 @@ class Program:
                 self._cores.nrt.unload(model)
 
 
-def _work(queue: "SimpleQueue[Callable[[], None] | None]") -> None:
-    """A rank's thread: one task after another, until there is a None."""
-    while (task := queue.get()) is not None:
-        task()
-        del task  # it holds tensors
-
-
-def _guarded(do: Callable[[], None], work: Work) -> Callable[[], None]:
-    def task() -> None:
-        error: BaseException | None = None
-        try:
-            do()
-        except BaseException as raised:  # raised again where a result is read
-            error = raised
-        work.finish(error)
-
-    return task
-
-
 def _reading(tensor: Tensor, out: np.ndarray, work: Work) -> Callable[[], None]:
     buffers = tensor.buffers
 
@@ -376,7 +335,7 @@ def _reading(tensor: Tensor, out: np.ndarray, work: Work) -> Callable[[], None]:
         if out.nbytes:
             tensor._cores.nrt.read(buffers.handles[0], out.ctypes.data, out.nbytes)
 
-    return _guarded(read, work)
+    return guarded(read, work)
 
 
 def _check_ports(exported: Exported, nrt: Nrt, model: int) -> None:

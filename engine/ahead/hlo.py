@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8}
 COLLECTIVES = (
@@ -94,10 +95,22 @@ class Module:
         """What the program is called with."""
         return sum(one.opcode == "parameter" for one in self.computations[self.entry])
 
+    @cached_property
+    def fused(self) -> set[str]:
+        """The computations that are fusions: what happens inside of one takes no memory."""
+        named = re.compile(r"calls=%?([\w.\-]+)")
+        return {
+            name
+            for instructions in self.computations.values()
+            for one in instructions
+            if one.opcode == "fusion"
+            for name in named.findall(one.line)
+        }
+
     def running(self) -> Iterator[Instruction]:
-        """Every instruction outside of fusions: what happens inside of one takes no memory."""
+        """Every instruction outside of fusions."""
         for name, instructions in self.computations.items():
-            if not name.startswith("fused"):
+            if name not in self.fused:
                 yield from instructions
 
     def copies(self, least: int) -> dict[str, int]:

@@ -8,10 +8,10 @@ OUT/report.json
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from octavo.backends.neuron import export, lint, targets
 from octavo.backends.neuron.compiler import Options
@@ -19,34 +19,16 @@ from octavo.backends.neuron.errors import CompilerMissing, LintError, NeuronErro
 from octavo.backends.neuron.exported import Exported
 from octavo.backends.neuron.record import record
 from octavo.backends.neuron.settings import Settings
-from octavo.engine.assemble import Progress, cache_maker, limits_of, open_model, refusals
-from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.ahead.wanted import Wanted, facts_of
+from octavo.engine.assemble import Progress, cache_maker, limits_of, refusals
+from octavo.engine.config import ConfigError, parse_mesh
 from octavo.engine.memory import Resolved, resolve, size
 from octavo.engine.prepare import readable
 from octavo.engine.programs import Job, Programs
-from octavo.engine.runner import choose_runner
 from octavo.engine.step import Machine
-from octavo.models.config import ModelConfig
 
 PROMPT = 128  # tokens from which a graph is a prompt's, which compiles for long
 THREADS = 8  # that wait for compilers; how many of those run at once, the compiler's record says
-
-
-class Wanted(Protocol):
-    """What the command line asks for (octavo/cli/targets.py)."""
-
-    @property
-    def config(self) -> EngineConfig: ...
-    @property
-    def chip(self) -> str: ...
-    @property
-    def topology(self) -> str: ...
-    @property
-    def output(self) -> Path | None: ...
-    @property
-    def progress(self) -> Progress | None: ...
-    @property
-    def export_only(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -189,14 +171,7 @@ def _sizes(wanted: Wanted) -> tuple[targets.Target, int, Resolved]:
             f"use --target {wanted.chip} --mesh model=2 for two cores",
         )
     config = readable(wanted.config)
-    config.validate()
-    if choose_runner(config) == "pooling":
-        raise ConfigError(
-            "`--target` compiles models that write, and this one reads",
-            "serve it with --device cpu",
-        )
-    with closing(open_model(config)) as checkpoint:
-        facts = ModelConfig.from_hf(checkpoint.config)
+    facts = facts_of(config, "serve it with --device cpu")
     ranks = _ranks(config.mesh)
     targets.check_parallel(target, ranks, facts.H)
     backend = record(target, f"neuron: for {target.name}, which is not here")
@@ -207,20 +182,24 @@ def _sizes(wanted: Wanted) -> tuple[targets.Target, int, Resolved]:
 
 def _ranks(mesh: str) -> int:
     """The cores of a mesh such as "model=2"."""
-    sizes = dict(axis.split("=") for axis in mesh.replace(" ", "").split(",") if axis)
-    others = {name: n for name, n in sizes.items() if name != "model" and n != "1"}
-    if others:
+    if mesh == "auto":
+        raise ConfigError(
+            "`mesh` is auto, and Neuron graphs are compiled for a number of cores",
+            "use --mesh model=N, of the instance that they are for",
+        )
+    sizes = parse_mesh(mesh)
+    if any(n > 1 for axis, n in sizes.items() if axis != "model"):
         raise ConfigError(
             f"`mesh` is {mesh}, and Neuron graphs are split along `model` only",
             "use --mesh model=N, and a process for each copy of the model",
         )
-    return int(sizes.get("model", "1"))
+    return sizes.get("model", 1)
 
 
 def _jobs(target: targets.Target, resolved: Resolved) -> list[Job]:
     """The programs that the engine would compile."""
     backend = record(target, "neuron: for export")
-    machine = Machine(resolved.dims, resolved.model, backend)
+    machine = Machine(resolved.dims, resolved.model, backend, resolved.mesh)
     config = resolved.config
     programs = Programs(machine, limits_of(config, resolved), config.max_logprobs)
     params = resolved.model.abstract_params(resolved.dtype)

@@ -88,8 +88,7 @@ class Report:
             read += rows * seen * cost // dims.page_size
         bucket = next(r for r in self.resolved.row_buckets if r >= rows)
         named = {program.name: program.cycles for program in self.programs}
-        parts = (f"forward {bucket} rows + 0 tokens", f"greedy {bucket} rows")
-        cycles = sum(named[part] for part in parts) if all(p in named for p in parts) else 0
+        cycles = named.get(f"greedy step of {bucket} rows", 0)
         return Step(rows, length, read, read / self.chip.bandwidth, cycles)
 
     def _not_read(self) -> int:
@@ -114,7 +113,9 @@ class Report:
         return out
 
     def _program_lines(self) -> list[str]:
-        rows = [("program", "arguments", "HBM", "in place", "temporary", "cycles", "copies")]
+        rows: list[tuple[str, ...]] = [
+            ("program", "arguments", "HBM", "in place", "temporary", "cycles", "copies")
+        ]
         for p in self.programs:
             copies = ", ".join(f"{n} of {what}" for what, n in p.copies.items()) or "none"
             held = (p.argument_bytes, p.in_place_bytes, p.temporary_bytes)

@@ -2,10 +2,11 @@
 
 import json
 import math
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,36 +17,14 @@ from octavo.backends.chips import CHIPS, Chip
 from octavo.backends.record import Backend, BackendError
 from octavo.backends.topology import chips_of, devices_of
 from octavo.engine.ahead.report import Program, Report
-from octavo.engine.assemble import (
-    Progress,
-    cache_maker,
-    limits_of,
-    open_model,
-    refusals,
-)
+from octavo.engine.ahead.wanted import Wanted, facts_of
+from octavo.engine.assemble import cache_maker, limits_of, refusals
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.memory import Resolved, resolve
 from octavo.engine.planning import check_workspace
 from octavo.engine.prepare import readable
 from octavo.engine.programs import Programs
-from octavo.engine.runner import choose_runner
 from octavo.engine.step import Machine
-from octavo.models.config import ModelConfig
-
-
-class Wanted(Protocol):
-    """What the command line asks for (octavo/cli/targets.py)."""
-
-    @property
-    def config(self) -> EngineConfig: ...
-    @property
-    def chip(self) -> str: ...
-    @property
-    def topology(self) -> str: ...
-    @property
-    def output(self) -> Path | None: ...
-    @property
-    def progress(self) -> Progress | None: ...
 
 
 def plan(wanted: Wanted) -> Report:
@@ -80,29 +59,23 @@ def compile(wanted: Wanted) -> Report:
     try:
         with jax.set_mesh(mesh):  # kernels ask it for the chip that they are lowered for
             programs.compile(weights, cache_maker(backend, resolved), wanted.progress)
-
     except jax.errors.JaxRuntimeError as error:
         raise _does_not_compile(error) from error
     resolved = replace(resolved, memory=check_workspace(resolved, programs.workspace()))
-    loops = len(resolved.model.layer_specs) // resolved.model.period
+    loops = resolved.model.loops
     measured = [Program.of(name, made, loops) for name, made in programs.made.items()]
     report = Report(chip, wanted.topology, resolved, measured, folder)
     (folder / "report.json").write_text(json.dumps(report.as_json(), indent=2) + "\n")
     return report
 
 
-def _backend_refusals() -> Any:
+@contextmanager
+def _backend_refusals() -> Iterator[None]:
     """What hardware cannot do is the user's to mend, as a wrong setting is."""
-    return _Refusals()
-
-
-class _Refusals:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, BackendError):
-            raise ConfigError(str(error)) from None
+    try:
+        yield
+    except BackendError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _with_mesh(config: EngineConfig, devices: int) -> EngineConfig:
@@ -119,14 +92,8 @@ def _backend(chip: Chip, topology: str, devices: tuple[Any, ...]) -> Backend:
 
 def _sizes(config: EngineConfig, backend: Backend) -> Resolved:
     """Every size of the engine. Raises ConfigError for what cannot be served there."""
-    config.validate()
-    if choose_runner(config) == "pooling":
-        raise ConfigError(
-            "`--target` compiles models that write, and this one reads",
-            "it compiles in seconds where it is served: leave out --target",
-        )
-    with closing(open_model(config)) as checkpoint:
-        return resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
+    instead = "it compiles in seconds where it is served: leave out --target"
+    return resolve(config, backend, facts_of(config, instead))
 
 
 def _folder(path: Path) -> Path:

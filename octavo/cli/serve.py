@@ -1,12 +1,15 @@
 """`octavo serve`: an OpenAI endpoint for one model."""
 
 import argparse
+import os
 from dataclasses import MISSING, fields
 from typing import Any
 
 from octavo.cli.options import add_config_flags, config_from_args
 from octavo.engine.config import ConfigError
+from octavo.engine.hosts import settle
 from octavo.engine.process import CORE, MAX_CLIENTS
+from octavo.server.follower import follow
 from octavo.server.http import bind
 from octavo.server.logs import set_up as set_up_logs
 from octavo.server.settings import ServerSettings
@@ -19,6 +22,7 @@ finish, then ends; a second one ends at once.
 
 examples:
   octavo serve smollm2-135m
+  octavo serve llama-70b --mesh model=16 --hosts 2 --host-index 0 --leader 10.0.0.1:7461
   octavo serve ./my-model --host 0.0.0.0 --port 8000 --api-key secret --served-model-name mine
 """
 
@@ -72,10 +76,13 @@ def settings_from_args(args: argparse.Namespace) -> ServerSettings:
 
 def run(args: argparse.Namespace, core: str = CORE) -> int:
     """Serve until a signal; 0 after a clean end, 1 if the engine died, 2 if it could not start."""
-    settings, config = settings_from_args(args), config_from_args(args)
+    settings = settings_from_args(args)
+    config = settle(config_from_args(args), os.environ)
     set_up_logs(settings.log_json)
     listener = bind(settings)
     try:
+        if config.host_index > 0:
+            return follow(settings, config, listener)
         return serve(settings, config, listener, core)
     finally:
         listener.close()

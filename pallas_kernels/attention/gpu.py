@@ -6,34 +6,72 @@
                             Hopper paged_prefill_hopper does, where it takes the step
 
 Each kernel takes the pages from the one before it and hands them on, so that nothing is copied.
+
+| compute capability | kernels | pages of 8 bits |
+|---|---|---|
+| below 8.0 | none: Triton has no products of theirs | |
+| 8.0 to 8.8 | all three by Triton, blocks as their shared memory allows | int8 |
+| 8.9 and later | the same | int8, float8_e4m3fn, float8_e5m2 |
+| 9.0 | paged_prefill_hopper for 16-bit pages with D = 64 and 128 | by Triton |
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from octavo.pallas_kernels.attention.batch import RaggedBatch
-from octavo.pallas_kernels.attention.gpu_decode import decode, why_not_decode
-from octavo.pallas_kernels.attention.gpu_hopper import prefill_hopper, why_not_hopper
-from octavo.pallas_kernels.attention.gpu_prefill import prefill, why_not_prefill
+from octavo.pallas_kernels.attention.gpu_decode import (
+    DECODE,
+    DecodeTuning,
+    decode,
+    decode_packed,
+    why_not_decode,
+)
+from octavo.pallas_kernels.attention.gpu_hopper import (
+    HOPPER,
+    HopperTuning,
+    prefill_hopper,
+    why_not_hopper,
+)
+from octavo.pallas_kernels.attention.gpu_prefill import prefill, prefill_tuning, why_not_prefill
 from octavo.pallas_kernels.attention.gpu_write import write
 from octavo.pallas_kernels.attention.reference import KV
 
-STATIC = ("window", "scale", "softcap", "hopper", "interpret")
+Capability = tuple[int, int]
+H100: Capability = (9, 0)
+OLDEST: Capability = (8, 0)
+FLOAT8: Capability = (8, 9)
+KIB = 1024
+# Shared memory of one program; those not named have the least.
+SHARED = {(8, 0): 163 * KIB, (8, 7): 163 * KIB, (9, 0): 227 * KIB, (10, 0): 227 * KIB}
+LEAST_SHARED = 99 * KIB
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the kernels are built; the defaults are what was measured to be the fastest."""
+
+    decode: DecodeTuning = DECODE
+    hopper: HopperTuning = HOPPER
+    write_with_rows: bool = False  # chunk tokens are stored by programs of the decode kernel
+
+
+TUNING = Tuning()
+STATIC = ("window", "scale", "softcap", "capability", "tuning", "interpret")
 
 
 def why_not(
-    q: jax.Array,
-    cache: KV,
-    batch: RaggedBatch,
-    sinks: jax.Array | None = None,
-    kv_scales: jax.Array | None = None,
+    q: jax.Array, cache: KV, batch: RaggedBatch, capability: Capability = H100
 ) -> str | None:
     """The reason these kernels refuse a step, or None if they take it."""
-    for name, given in (("sinks", sinks), ("scales of keys and values", kv_scales)):
-        if given is not None:
-            return f"these kernels know no {name}"
+    if capability < OLDEST:
+        return "compute capability {}.{} is older than 8.0".format(*capability)
+    if cache.k.dtype.name.startswith("float8") and capability < FLOAT8:
+        return "compute capability {}.{} cannot read {} pages; 8.9 can".format(
+            *capability, cache.k.dtype
+        )
     return why_not_decode(q, cache.k, batch) or why_not_prefill(q, cache.k)
 
 
@@ -50,22 +88,67 @@ def attend(
     softcap: float,
     sinks: jax.Array | None = None,
     kv_scales: jax.Array | None = None,
-    hopper: bool = False,
+    capability: Capability = OLDEST,
+    tuning: Tuning = TUNING,
     interpret: bool = False,
 ) -> tuple[jax.Array, KV]:
     """Write, then attend. q [N, H, D], k and v [N, K, D] -> [N, H, D] in the dtype of q.
 
-    `hopper`: the device is of that generation (compute capability 9.0).
+    sinks f32[H] and kv_scales f32[2, K] as in reference.py; `capability` is the device's.
     """
-    if refusal := why_not(q, cache, batch, sinks, kv_scales):
+    if refusal := why_not(q, cache, batch, capability):
         raise ValueError(f"attention on this GPU cannot take this step: {refusal}")
-    static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
-    y, cache = decode(q, k, v, cache, batch, **static, interpret=interpret)
     rows = batch.table.shape[0] * batch.tokens_per_row
-    if q.shape[0] > rows:
-        cache = write(cache, k, v, batch.dest, base=rows, interpret=interpret)
-        if hopper and why_not_hopper(q, cache.k) is None:
-            y = prefill_hopper(q, y, cache, batch, **static)
-        else:
-            y = prefill(q, y, cache, batch, **static, interpret=interpret)
-    return y, cache
+    chunks = q.shape[0] > rows
+    static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap, sinks=sinks)
+    scaled: dict[str, Any] = dict(kv_scales=kv_scales, interpret=interpret)
+    stored_too = 16 if chunks and tuning.write_with_rows else 0
+    y, cache = decode(
+        q, k, v, cache, batch, **static, **scaled, tuning=tuning.decode, write_chunks=stored_too
+    )
+    if not chunks:
+        return y, cache
+    if not stored_too:
+        cache = write(cache, k, v, batch.dest, kv_scales, base=rows, interpret=interpret)
+    if capability == H100 and why_not_hopper(q, cache.k) is None and kv_scales is None:
+        return prefill_hopper(q, y, cache, batch, **static, tuning=tuning.hopper), cache
+    most = SHARED.get(capability, LEAST_SHARED)
+    blocks = prefill_tuning(q.shape[2], q.dtype.itemsize, cache.k.dtype.itemsize, most)
+    return prefill(q, y, cache, batch, **static, **scaled, tuning=blocks), cache
+
+
+def why_not_packed(
+    mixed: jax.Array, cache: KV, batch: RaggedBatch, capability: Capability = H100
+) -> str | None:
+    """The reason `attend_packed` refuses a step, or None if it takes it."""
+    N, K, J, D = mixed.shape
+    if N != batch.table.shape[0] * batch.tokens_per_row:
+        return "prompt chunks need their queries and keys outside of the kernel"
+    q: Any = jax.ShapeDtypeStruct((N, K * (J - 2), D), mixed.dtype)
+    return why_not(q, cache, batch, capability)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("window", "scale", "softcap", "eps", "offset", "tuning", "interpret")
+)
+def attend_packed(
+    mixed: jax.Array,
+    turn: tuple[jax.Array, jax.Array],
+    norms: tuple[jax.Array, jax.Array] | None,
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    window: int,
+    scale: float,
+    softcap: float,
+    eps: float,
+    offset: float,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+    tuning: Tuning = TUNING,
+    interpret: bool = False,
+) -> tuple[jax.Array, KV]:
+    """`attend` for decode rows alone, from projections as they come: see `decode_packed`."""
+    static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap, eps=eps)
+    static |= dict(offset=offset, sinks=sinks, kv_scales=kv_scales, tuning=tuning.decode)
+    return decode_packed(mixed, turn, norms, cache, batch, **static, interpret=interpret)

@@ -3,23 +3,26 @@
     y[r, h] = sum_t softmax_t(scale * q[r, h] . k[t, h // G]) v[t, h // G]      t < row_start[r] + 1
 
 The new token's key and value come from registers and are stored in their page on the way; all older
-ones are gathered from the shared pool, `tile` tokens at a time, by their page ids:
+ones are gathered from the shared pool, `tile` tokens at a time, by their page ids. Pages may hold 8
+bits, with a scale per key-value head; a sink joins the softmax of the part with the new token.
 
     row 0  |=========== 4 parts ===========|n      n: the new token, taken by the row's last part
     row 1  |==|n                                   parts: equal shares of one row's tokens, of about
     row 2  (idle: no part)                         sum(tokens) / target each, or finer where rows
     row 3  |=======|n                              differ, so that all finish together
 
-One program per (part, key-value head): the G query heads that share it are padded to 16 rows of one
-matrix product. A row of one part writes its result; a row of several leaves (accumulator, maximum,
-sum) per part, which a second small kernel merges; that kernel also clears idle rows.
+One program per (part, key-value head): the G query heads that share it are padded to the 16 rows or
+more of one matrix product. A row of one part writes its result; a row of several leaves
+(accumulator, maximum, sum) per part, which a second small kernel merges; that kernel also clears
+idle rows.
 
-Registers per program: 2 * tile * D of keys and values, 16 * D float32 of accumulator.
+Registers per program: 2 * tile * D of keys and values, rows * D float32 of accumulator.
 """
 
 # mypy: allow-untyped-calls
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -35,8 +38,26 @@ from octavo.pallas_kernels.attention.reference import KV
 LOG2E = 1.4426950408889634
 NOTHING = -1e30  # a maximum over no logits; finite, so that differences never make NaN
 ROWS = 16  # the smallest M of a tensor core product
-MERGED = 16  # parts that one merge iteration reads: more registers leave fewer programs resident
+MOST_HEADS = 64  # query heads of one key-value head: more rows than that spill
 FINER = 4  # times the parts, where rows differ much
+FEW = 1024  # results, below which a merge has multiprocessors to spare
+EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
+
+
+@dataclass(frozen=True)
+class DecodeTuning:
+    """How the kernel is built; the defaults are what was measured to be the fastest."""
+
+    tile: int = 64  # tokens of one iteration
+    parts: int = 528  # programs that fill the card: 132 multiprocessors x 4 resident
+    warps: int = 4
+    prefetch: bool = False  # the next tile in registers before this one is used
+    ids_ahead: bool = False  # the next tile's places known before this one is used
+    merged: int = 16  # parts that one merge iteration reads: registers decide who is resident
+    spread: bool = False  # few rows: merge 32 columns a program, and up to 64 parts at once
+
+
+DECODE = DecodeTuning()
 
 
 @flax.struct.dataclass
@@ -86,13 +107,43 @@ def why_not_decode(q: jax.Array, k_pages: jax.Array, batch: RaggedBatch) -> str 
         return f"a decode row has {batch.tokens_per_row} tokens; this kernel takes 1"
     if D & (D - 1) or not 32 <= D <= 256:
         return f"D={D} is not a power of two between 32 and 256"
+    if q.shape[1] // K > MOST_HEADS:
+        return f"{q.shape[1] // K} query heads a key-value head are more than {MOST_HEADS}"
+    return why_not_cache(q, k_pages)
+
+
+def why_not_cache(q: jax.Array, k_pages: jax.Array) -> str | None:
+    """The reason no kernel here reads this cache for these queries, or None."""
+    P, K, S, D = k_pages.shape
     if q.shape[1] % K:
         return f"H={q.shape[1]} query heads do not divide into K={K} groups"
-    if q.dtype != k_pages.dtype:
+    if q.dtype != k_pages.dtype and k_pages.dtype.name not in EIGHT_BITS:
         return f"queries are {q.dtype} and the cache is {k_pages.dtype}"
     if P * S * K * D >= 2**31:
         return f"a cache of {P * S * K * D} elements needs offsets of more than 32 bits"
     return None
+
+
+def kept(x, scale, dtype):
+    """Keys or values as a cache of `dtype` keeps them: over their scale, saturated."""
+    if dtype == x.dtype and scale is None:
+        return x
+    x = x.astype(jnp.float32)
+    if scale is not None:
+        x = x / scale
+    if jnp.issubdtype(dtype, jnp.integer):
+        return _nearest(jnp.clip(x, -127, 127)).astype(dtype)
+    if dtype.itemsize == 1:
+        most = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x, -most, most)
+    return x.astype(dtype)
+
+
+def _nearest(x):
+    """jnp.round, which Triton's lowering has not: halves go to even."""
+    below = jnp.floor(x)
+    over, odd = x - below, below - 2 * jnp.floor(below / 2)
+    return below + ((over > 0.5) | ((over == 0.5) & (odd == 1))).astype(x.dtype)
 
 
 def _round_up(x, multiple: int):
@@ -129,51 +180,151 @@ def cap(x, softcap: float):
     return limit - 2 * limit / (1 + jnp.exp2(x * (2 * LOG2E / limit)))
 
 
-def _kernel(parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, k_pages, v_pages,
-            y_ref, k_out, v_out, acc_ref, max_ref, sum_ref, *,
-            G, S, tile, scale, softcap, prefetch, interpret):  # fmt: skip
-    head, part, K = pl.program_id(0), pl.program_id(1), k_ref.shape[1]
-    stream = _gather if interpret else _stream
-    row = parts_ref[part, 0]
+@dataclass(frozen=True)
+class _Static:
+    """What is known when the kernel is built."""
 
-    @pl.when(row < table_ref.shape[0])
+    G: int
+    K: int
+    S: int
+    rows: int  # of a product: G and padding
+    scale: float
+    softcap: float
+    tuning: DecodeTuning
+    sinks: bool
+    scaled: bool
+    chunk: int  # tokens that one writing program stores; 0: others write
+    base: int  # where the chunks' tokens begin
+    parts: int
+    interpret: bool
+    turned: "Turned | None" = None  # what there is are projections, not queries and keys
+
+
+@dataclass(frozen=True)
+class Turned:
+    """How projections [N, K, J, D] become queries and keys. Axis J: G queries, a key, a value."""
+
+    D: int
+    half: int  # pairs are (i, i + half); what lies past 2 * half stays
+    eps: float
+    offset: float  # added to the norms' weights
+    normed: bool
+
+    @property
+    def sources(self) -> int:
+        """Arrays: the projections, cosines and sines, and the norms' weights."""
+        return 5 if self.normed else 3
+
+
+def _load_ready(c: _Static, sources, row, head):
+    """From q [N, H, D], k and v [N, K, D]."""
+    q_ref, k_ref, v_ref = sources
+    heads = head * c.G + jnp.minimum(jnp.arange(c.rows), c.G - 1)  # padding repeats the last head
+    return q_ref[row, heads], k_ref[row, head], v_ref[row, head]
+
+
+def _load_turned(c: _Static, sources, row, head):
+    """From the flat projections [N * K * J * D]; norms and turns on the way.
+
+    The other element of a pair is loaded again instead of moved: a few lines of cache.
+    """
+    t: Any = c.turned
+    mixed_ref, cos_ref, sin_ref, *norms = sources
+    d, half = jnp.arange(t.D), t.half
+    pair = jnp.where(d < half, d + half, jnp.where(d < 2 * half, d - half, d))
+    angle = row * half + jnp.minimum(jnp.where(d < half, d, jnp.maximum(d - half, 0)), half - 1)
+    cos = jnp.where(d < 2 * half, cos_ref[angle], 1.0)
+    sin = jnp.where(d < 2 * half, sin_ref[angle], 0.0)
+    sin = jnp.where(d < half, -sin, sin)
+    first = (row * c.K + head) * (c.G + 2) * t.D
+    member = jnp.minimum(jnp.arange(c.rows), c.G - 1)
+
+    def turned(at, norm):  # at [...] where vectors begin -> [..., D]
+        x = mixed_ref[at[..., None] + d].astype(jnp.float32)
+        other = mixed_ref[at[..., None] + pair].astype(jnp.float32)
+        if t.normed:  # rounded where separate steps would round
+            unit = lax.rsqrt(jnp.sum(x * x, axis=-1) / t.D + t.eps)[..., None]
+            own, others = (norms[norm][i].astype(jnp.float32) for i in (d, pair))
+            x = (x * unit * (t.offset + own)).astype(mixed_ref.dtype).astype(jnp.float32)
+            other = other * unit * (t.offset + others)
+            other = other.astype(mixed_ref.dtype).astype(jnp.float32)
+        return (x * cos + other * sin).astype(mixed_ref.dtype)
+
+    key = first + c.G * t.D
+    keys = turned(key + jnp.zeros((1,), jnp.int32), 1)
+    return turned(first + member * t.D, 0), jnp.sum(keys, axis=0), mixed_ref[key + t.D + d]
+
+
+def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
+    count = c.turned.sources if c.turned else 3
+    sources, refs = refs[:count], refs[count:]
+    *given, k_pages, v_pages, y_ref, k_out, v_out, acc_ref, max_ref, sum_ref = refs
+    head, part = pl.program_id(0), pl.program_id(1)
+    k_scale, v_scale = _scales(c, given, head)
+    stream = _gather if c.interpret else _stream
+    tile = c.tuning.tile
+    row = parts_ref[jnp.minimum(part, c.parts - 1), 0]
+
+    @pl.when((part < c.parts) & (row < table_ref.shape[0]))
     def _():
         low, high, kind = parts_ref[part, 1], parts_ref[part, 2], parts_ref[part, 3]
-        heads = head * G + jnp.minimum(jnp.arange(ROWS), G - 1)  # padding repeats the last head
-        q = q_ref[row, heads]  # [ROWS, D]
+        heads = head * c.G + jnp.minimum(jnp.arange(c.rows), c.G - 1)
+        load_row = _load_turned if c.turned else _load_ready
+        q, k_new, v_new = load_row(c, sources, row, head)  # [rows, D], [D], [D]
 
-        def fetch(i):
+        def place(i):
             t = jnp.minimum(low + i * tile + jnp.arange(tile), jnp.maximum(high - 1, 0))
-            page, offset = table_ref[row, t >> log2(S)], t & (S - 1)
-            where = (page * K + head) * S + offset
+            return (table_ref[row, t >> log2(c.S)] * c.K + head) * c.S + (t & (c.S - 1))
+
+        def load(where):
             return stream(k_pages, where), stream(v_pages, where)  # [tile, D] each
 
         def logits(k):
-            return cap(dot(q, k, (1, 1)) * (scale * LOG2E), softcap)
+            x = dot(q, k.astype(q.dtype), (1, 1)) * _unit(c, k_scale)
+            return cap(x, c.softcap)
 
         def attend(i, carry, k, v):
             acc, top, total = carry
             seen = low + i * tile + jnp.arange(tile) < high
-            x = jnp.where(seen[None, :], logits(k), NOTHING)  # [ROWS, tile]
+            x = jnp.where(seen[None, :], logits(k), NOTHING)  # [rows, tile]
             peak = jnp.maximum(top, jnp.max(x, axis=1))
             p, shrink = jnp.exp2(x - peak[:, None]), jnp.exp2(top - peak)
-            acc = acc * shrink[:, None] + dot(p.astype(v.dtype), v, (1, 0))
+            acc = acc * shrink[:, None] + dot(p.astype(q.dtype), v.astype(q.dtype), (1, 0))
             return acc, peak, total * shrink + jnp.sum(p, axis=1)
 
         def step(i, carry):
-            return attend(i, carry, *fetch(i))
+            return attend(i, carry, *load(place(i)))
 
         def step_ahead(i, carry):
-            ahead = fetch(i + 1)
+            ahead = load(place(i + 1))
             return (*attend(i, carry[:3], *carry[3:]), *ahead)
 
-        refs = (dest_ref, k_ref, v_ref, k_out, v_out)
-        new = _new_token(kind & 1, row, head, q, refs, S, scale, softcap)
+        def step_knowing(i, carry):
+            tiles = load(carry[3])
+            ahead = place(i + 1)
+            return (*attend(i, carry[:3], *tiles), ahead)
+
+        sink = given[0][heads] * LOG2E if c.sinks else None
+        k_new = kept(k_new, k_scale, k_out.dtype)
+        v_new = kept(v_new, v_scale, v_out.dtype)
+        new = _new_token(c, kind & 1, q, k_new, v_new, sink, k_scale)
+
+        @pl.when(kind & 1 == 1)
+        def store_new_token():
+            where = _where(c, dest_ref[row], head)
+            k_out[where] = k_new
+            v_out[where] = v_new
+
         turns = pl.cdiv(high - low, tile)
-        if prefetch:
-            acc, top, total, *_ = lax.fori_loop(0, turns, step_ahead, (*new, *fetch(0)))
+        if c.tuning.prefetch:
+            carry = lax.fori_loop(0, turns, step_ahead, (*new, *load(place(0))))
+        elif c.tuning.ids_ahead:
+            carry = lax.fori_loop(0, turns, step_knowing, (*new, place(0)))
         else:
-            acc, top, total = lax.fori_loop(0, turns, step, new)
+            carry = lax.fori_loop(0, turns, step, new)
+        acc, top, total = carry[:3]
+        if v_scale is not None:
+            acc = acc * v_scale
 
         @pl.when(kind >= 2)
         def write_result():
@@ -185,48 +336,69 @@ def _kernel(parts_ref, table_ref, dest_ref, q_ref, k_ref, v_ref, k_pages, v_page
             max_ref[part, heads] = top
             sum_ref[part, heads] = total
 
+    if c.chunk:
 
-def _new_token(last, row, head, q, refs, S, scale, softcap):
-    """Store the row's new key and value, and begin the softmax with them, if this part is last."""
-    dest_ref, k_ref, v_ref, k_out, v_out = refs
-    k, v = k_ref[row, head], v_ref[row, head]  # [D] each
-    D, K = k.shape[0], k_ref.shape[1]
-    where = ((dest_ref[row] >> log2(S)) * K + head) * S + (dest_ref[row] & (S - 1))
+        @pl.when(part >= c.parts)
+        def _():
+            token = c.base + (part - c.parts) * c.chunk + jnp.arange(c.chunk)
+            token = jnp.minimum(token, dest_ref.shape[0] - 1)  # the tail repeats the last token
+            where, (_, k_ref, v_ref) = _where(c, dest_ref[token], head), sources
+            k_out[where] = kept(k_ref[token, head], k_scale, k_out.dtype)
+            v_out[where] = kept(v_ref[token, head], v_scale, v_out.dtype)
 
-    @pl.when(last == 1)
-    def _():
-        k_out[where] = k
-        v_out[where] = v
 
+def _scales(c: _Static, given, head):
+    """What this head's stored keys and values are multiplied with; None for nothing."""
+    return (given[-1][0, head], given[-1][1, head]) if c.scaled else (None, None)
+
+
+def _unit(c: _Static, k_scale):
+    """What products of queries and stored keys are multiplied with, for logits to base 2."""
+    unit = c.scale * LOG2E
+    return unit if k_scale is None else unit * k_scale
+
+
+def _where(c: _Static, dest, head):
+    """The rows of the flat pages behind places in the pool."""
+    return ((dest >> log2(c.S)) * c.K + head) * c.S + (dest & (c.S - 1))
+
+
+def _new_token(c: _Static, last, q, k, v, sink, k_scale):
+    """Begin the softmax with the row's new key and value, as kept, if this part is the last."""
     x = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32)[None, :], axis=1)
-    x = cap(x * (scale * LOG2E), softcap)
-    top = jnp.where(last == 1, x, NOTHING)
-    total = jnp.where(last == 1, jnp.ones_like(x), 0.0)
-    acc = jnp.broadcast_to(v.astype(jnp.float32)[None, :], (ROWS, D)) * total[:, None]
+    x = cap(x * _unit(c, k_scale), c.softcap)
+    peak = x if sink is None else jnp.maximum(x, sink)
+    top = jnp.where(last == 1, peak, NOTHING)
+    weight = jnp.ones_like(x) if sink is None else jnp.exp2(x - peak)
+    weight = jnp.where(last == 1, weight, 0.0)
+    total = weight if sink is None else weight + jnp.where(last == 1, jnp.exp2(sink - peak), 0.0)
+    acc = jnp.broadcast_to(v.astype(jnp.float32)[None, :], q.shape) * weight[:, None]
     return acc, top, total
 
 
-def _merge_kernel(rows_ref, acc_ref, max_ref, sum_ref, y_in, y_ref):
-    """Join the parts of one (row, query head); rows of one part are done, idle rows become zero."""
+def _merge_kernel(rows_ref, acc_ref, max_ref, sum_ref, y_in, y_ref, *, merged, columns):
+    """Join the parts of one (row, query head), some columns; rows of one part are done, idle rows
+    become zero."""
     row, head = pl.program_id(0), pl.program_id(1)
     first, count = rows_ref[row, 0], rows_ref[row, 1]
+    mine = pl.ds(pl.program_id(2) * columns, columns)
 
     @pl.when(count != 1)
     def _():
         def join(i, carry):
             acc, top, total = carry
-            index = i * MERGED + jnp.arange(MERGED)
+            index = i * merged + jnp.arange(merged)
             part, there = first + jnp.minimum(index, count - 1), index < count
             maxima = jnp.where(there, max_ref[part, head], NOTHING)
             peak = jnp.maximum(top, jnp.max(maxima, axis=0))
             weight = jnp.where(there, jnp.exp2(maxima - peak), 0.0)
             shrink = jnp.exp2(top - peak)
-            acc = acc * shrink + jnp.sum(acc_ref[part, head] * weight[:, None], axis=0)
+            acc = acc * shrink + jnp.sum(acc_ref[part, head, mine] * weight[:, None], axis=0)
             return acc, peak, total * shrink + jnp.sum(sum_ref[part, head] * weight, axis=0)
 
-        start = (jnp.zeros(y_ref.shape[-1:], jnp.float32), jnp.float32(NOTHING), jnp.float32(0))
-        acc, _, total = lax.fori_loop(0, pl.cdiv(count, MERGED), join, start)
-        y_ref[row, head] = (acc / jnp.maximum(total, 1e-30)).astype(y_ref.dtype)
+        start = (jnp.zeros((columns,), jnp.float32), jnp.float32(NOTHING), jnp.float32(0))
+        acc, _, total = lax.fori_loop(0, pl.cdiv(count, merged), join, start)
+        y_ref[row, head, mine] = (acc / jnp.maximum(total, 1e-30)).astype(y_ref.dtype)
 
 
 def decode(
@@ -239,48 +411,103 @@ def decode(
     window: int = 0,
     scale: float,
     softcap: float = 0.0,
-    tile: int = 64,
-    target: int = 0,
-    warps: int = 4,
-    prefetch: bool = False,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+    tuning: DecodeTuning = DECODE,
+    write_chunks: int = 0,
     interpret: bool = False,
 ) -> tuple[jax.Array, KV]:
     """Write the rows' new tokens and attend: q [N, H, D], k, v [N, K, D] -> y [N, H, D], cache.
 
     Only the first R tokens, the rows', are read and written; the rest of y is whatever was there.
-    The cache is updated in place where the caller gives it up. `target` parts per key-value head
-    fill the card, see plan_decode.
+    The cache is updated in place where the caller gives it up. `write_chunks`: also store the other
+    tokens, so many a program. sinks f32[H], kv_scales f32[2, K] as in reference.py.
     """
-    (_, H, D), (P, K, S, _), R = q.shape, cache.k.shape, batch.table.shape[0]
-    target = target or max(1, 528 // K)  # 132 multiprocessors x 4 resident programs
-    plan = plan_decode(batch, window=window, tile=tile, target=target)
-    W = plan.parts.shape[0]
-    flat = (P * K * S, D)
-    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    body = functools.partial(
-        _kernel,
-        G=H // K,
-        S=S,
-        tile=tile,
-        scale=scale,
-        softcap=softcap,
-        prefetch=prefetch,
-        interpret=interpret,
-    )
-    y, k_flat, v_flat, acc, top, total = _call(
-        body,
-        (K, W),
-        (plan.parts, batch.table, batch.dest, q, k, v,
-         cache.k.reshape(flat), cache.v.reshape(flat)),
-        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(flat, cache.k.dtype),
-         jax.ShapeDtypeStruct(flat, cache.v.dtype), f32((W, H, D)), f32((W, H)), f32((W, H))),
-        aliases={6: 1, 7: 2}, warps=warps, name="paged_decode", interpret=interpret,
+    static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
+    return _decode(
+        (q, k, v), q.shape, cache, batch, **static, given=(sinks, kv_scales), tuning=tuning,
+        write_chunks=write_chunks, interpret=interpret, turned=None,
     )  # fmt: skip
+
+
+def decode_packed(
+    mixed: jax.Array,
+    turn: tuple[jax.Array, jax.Array],
+    norms: tuple[jax.Array, jax.Array] | None,
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    window: int = 0,
+    scale: float,
+    softcap: float = 0.0,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+    tuning: DecodeTuning = DECODE,
+    interpret: bool = False,
+) -> tuple[jax.Array, KV]:
+    """`decode` of projections as they come: mixed [R, K, J, D] -> y [R, H, D], cache.
+
+    Norms (weights [D] of queries and keys, each plus `offset`) and rotation (turn: cos and sin
+    f32[R, 1, D'/2]) happen in the kernel, rounded where a program of separate steps would round.
+    """
+    N, K, J, D = mixed.shape
+    turned = Turned(D, turn[0].shape[-1], eps, offset, norms is not None)
+    sources = (mixed.reshape(-1), turn[0].reshape(-1), turn[1].reshape(-1), *(norms or ()))
+    static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
+    return _decode(
+        sources, (N, K * (J - 2), D), cache, batch, **static, given=(sinks, kv_scales),
+        tuning=tuning, write_chunks=0, interpret=interpret, turned=turned,
+    )  # fmt: skip
+
+
+def _decode(
+    sources: tuple[jax.Array, ...],
+    shape: tuple[int, ...],
+    cache: KV,
+    batch: RaggedBatch,
+    *,
+    window: int,
+    scale: float,
+    softcap: float,
+    given: tuple[jax.Array | None, jax.Array | None],
+    tuning: DecodeTuning,
+    write_chunks: int,
+    interpret: bool,
+    turned: Turned | None,
+) -> tuple[jax.Array, KV]:
+    (N, H, D), (P, K, S, _), R = shape, cache.k.shape, batch.table.shape[0]
+    target = max(1, tuning.parts // K)
+    plan = plan_decode(batch, window=window, tile=tuning.tile, target=target)
+    W, flat = plan.parts.shape[0], (P * K * S, D)
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    c = _Static(
+        G=H // K, K=K, S=S, rows=max(ROWS, 1 << (H // K - 1).bit_length()), scale=scale,
+        softcap=softcap, tuning=tuning, sinks=given[0] is not None, scaled=given[1] is not None,
+        chunk=write_chunks, base=R, parts=W, interpret=interpret, turned=turned,
+    )  # fmt: skip
+    there = [x for x in given if x is not None]
+    first = 3 + len(sources) + len(there)  # where the pages are among the arguments
+    writers = pl.cdiv(N - R, write_chunks) if write_chunks else 0
+    result = jax.ShapeDtypeStruct(shape, sources[0].dtype)
+    y, k_flat, v_flat, acc, top, total = _call(
+        functools.partial(_kernel, c),
+        (K, W + writers),
+        (plan.parts, batch.table, batch.dest, *sources, *there,
+         cache.k.reshape(flat), cache.v.reshape(flat)),
+        (result, jax.ShapeDtypeStruct(flat, cache.k.dtype),
+         jax.ShapeDtypeStruct(flat, cache.v.dtype), f32((W, H, D)), f32((W, H)), f32((W, H))),
+        aliases={first: 1, first + 1: 2}, warps=tuning.warps, name="paged_decode",
+        interpret=interpret,
+    )  # fmt: skip
+    spread = tuning.spread and R * H <= FEW
+    merged, columns = (64, 32) if spread else (tuning.merged, D)
     y = _call(
-        _merge_kernel,
-        (R, H),
+        functools.partial(_merge_kernel, merged=merged, columns=columns),
+        (R, H, D // columns),
         (plan.rows, acc, top, total, y),
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        result,
         aliases={4: 0}, warps=2, name="merge_decode", interpret=interpret,
     )  # fmt: skip
     return y, KV(k=k_flat.reshape(P, K, S, D), v=v_flat.reshape(P, K, S, D))

@@ -47,6 +47,19 @@ SLICE = 64  # columns of a swizzled tile: 128 bytes
 PROGRAMS = 132  # multiprocessors of an H100; each keeps one program from beginning to end
 
 
+@dataclass(frozen=True)
+class HopperTuning:
+    """How the kernel is built; the defaults are what was measured to be the fastest."""
+
+    tile: int = 128  # keys
+    stages: int = 2  # tiles of keys and of values on their way
+    early: bool = False  # the memory warpgroup knows a tile's places one tile before it copies
+    peeled: bool = False  # the last block ends without a tile that is multiplied for nothing
+
+
+HOPPER = HopperTuning()
+
+
 def writes_through_references() -> bool:
     """Whether a kernel inside `jit` can write to a reference made there: jax 0.11 and later."""
     return tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
@@ -89,6 +102,9 @@ class _Static:
     scale: float
     softcap: float
     dtype: Any
+    sinks: bool
+    early: bool
+    peeled: bool
 
     @property
     def pieces(self) -> int:
@@ -160,48 +176,66 @@ def _walk(c: _Static, loaded):
     return _Walk(token, size, position, slot, head, first, last)
 
 
-def _fetch(c: _Static, m: _Shared, walk, turn, done, count, q_ref, table_ref, k_pages, v_pages):
-    """The memory warpgroup's part of one block: keep tiles on their way to the mixers."""
+def _places(c: _Static, walk, tile, table_ref) -> tuple[Any, ...]:
+    """Where a tile's pages begin among the [P * K * S, D] rows; past the end, the last page."""
     kv_head, row = lax.div(walk.head, jnp.int32(c.H // c.K)), jnp.maximum(walk.slot, 0)
     end = jnp.where(walk.slot < 0, 1, walk.position + walk.size)
+    offset = (tile * c.tile) & (c.S - 1) if c.S > c.tile else 0
+    places = []
+    for piece in range(c.pieces):
+        at = jnp.minimum(tile * c.tile + piece * c.run, end - 1)
+        page = table_ref[row, lax.shift_right_logical(at, jnp.int32(log2(c.S)))]
+        places.append((page * c.K + kv_head) * c.S + offset)
+    return tuple(places)
 
-    def pages(tile):
-        """Where the tile's pages begin among the [P * K * S, D] rows; past the end, the last."""
-        for piece in range(c.pieces):
-            at = jnp.minimum(tile * c.tile + piece * c.run, end - 1)
-            page = table_ref[row, lax.shift_right_logical(at, jnp.int32(log2(c.S)))]
-            offset = (tile * c.tile) & (c.S - 1) if c.S > c.tile else 0
-            yield piece * c.run, (page * c.K + kv_head) * c.S + offset
 
-    def copy(source, tiles, barriers, stage, places):
-        for begin, where in places:
+def _copy(c: _Static, source, tiles, barriers, stage, places):
+    for piece, where in enumerate(places):
+        plgpu.copy_gmem_to_smem(
+            source.at[pl.ds(where, c.run)],
+            tiles.at[stage, pl.ds(piece * c.run, c.run)],
+            barriers.at[stage],
+        )
+
+
+def _copy_queries(c: _Static, m: _Shared, walk, turn, q_ref):
+    half = turn & 1
+    plgpu.barrier_wait(m.q_freed.at[half])
+    for mixer in range(MIXERS):
+        for i in range(c.slices):
+            tokens = pl.ds(walk.token + mixer * ROWS, ROWS)
             plgpu.copy_gmem_to_smem(
-                source.at[pl.ds(where, c.run)],
-                tiles.at[stage, pl.ds(begin, c.run)],
-                barriers.at[stage],
+                q_ref.at[tokens, walk.head, pl.ds(i * SLICE, SLICE)],
+                m.q_views[1].at[half, mixer, i],
+                m.q_arrived.at[half * MIXERS + mixer],
             )
 
-    def copy_queries():
-        half = turn & 1
-        plgpu.barrier_wait(m.q_freed.at[half])
-        for mixer in range(MIXERS):
-            for i in range(c.slices):
-                tokens = pl.ds(walk.token + mixer * ROWS, ROWS)
-                plgpu.copy_gmem_to_smem(
-                    q_ref.at[tokens, walk.head, pl.ds(i * SLICE, SLICE)],
-                    m.q_views[1].at[half, mixer, i],
-                    m.q_arrived.at[half * MIXERS + mixer],
-                )
 
-    @pl.loop(0, count)
-    def _(n):
+def _fetch(c: _Static, m: _Shared, walk, following, turn, done, count, places, refs):
+    """The memory warpgroup's part of one block: keep tiles on their way to the mixers.
+
+    `places` are the first tile's; returns those of the following block's first tile, where they
+    are known early.
+    """
+    q_ref, table_ref, k_pages, v_pages = refs
+
+    def turn_of(n, places):
         stage = lax.rem(done + n, jnp.int32(c.stages))
-        places = list(pages(walk.last - 1 - n))
+        if c.early:
+            mine = n + 1 < count
+            source = jax.tree.map(lambda a, b: jnp.where(mine, a, b), walk, following)
+            tile = jnp.where(mine, walk.last - 2 - n, following.last - 1)
+            ahead = _places(c, source, tile, table_ref)
+        else:
+            places, ahead = _places(c, walk, walk.last - 1 - n, table_ref), places
         plgpu.barrier_wait(m.k_freed.at[stage])
-        copy(k_pages, m.k_tiles, m.k_arrived, stage, places)
-        pl.when(n == 0)(copy_queries)
+        _copy(c, k_pages, m.k_tiles, m.k_arrived, stage, places)
+        pl.when(n == 0)(functools.partial(_copy_queries, c, m, walk, turn, q_ref))
         plgpu.barrier_wait(m.v_freed.at[stage])
-        copy(v_pages, m.v_tiles, m.v_arrived, stage, places)
+        _copy(c, v_pages, m.v_tiles, m.v_arrived, stage, places)
+        return ahead
+
+    return lax.fori_loop(0, count, turn_of, places)
 
 
 def _softmax(c: _Static, x, ahead, top, total):
@@ -317,10 +351,23 @@ def _advance(c: _Static, m: _Shared, mine, acc, soft: _Softmax, half, done, ahea
     return after, _Softmax(weights.astype(c.dtype), peak, sums), shrink
 
 
-def _mix(c: _Static, m: _Shared, mine, walk, following, turn, done, soft: _Softmax):
+def _last_values(c: _Static, m: _Shared, mine, acc, p, done):
+    """Add the values of the last tile, `done` - 1, with nothing to multiply beside them."""
+    before = lax.rem(done - 1, jnp.int32(c.stages))
+    plgpu.barrier_wait(m.turn.at[mine])
+
+    def add(acc_ref):
+        plgpu.wgmma(acc_ref, p, m.v_tiles.at[before])
+        plgpu.barrier_arrive(m.turn.at[1 - mine])
+
+    return pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(acc))
+
+
+def _mix(c: _Static, m: _Shared, mine, walk, following, turn, done, soft: _Softmax, sinks_ref):
     """One mixer, one block whose first tile has its softmax: all its values, f32[ROWS, D].
 
-    Goes on until the softmax of the following block's first tile, which it returns too.
+    Goes on until the softmax of the following block's first tile, which it returns too. `following`
+    None: there is none.
     """
     at, count, half = walk.position + mine * ROWS, walk.last - walk.first, turn & 1
 
@@ -342,11 +389,18 @@ def _mix(c: _Static, m: _Shared, mine, walk, following, turn, done, soft: _Softm
     if c.window:
         carry = lax.fori_loop(edge, count, functools.partial(step, masked=True), carry)
     acc, soft = carry
+    total = soft.total
+    if c.sinks:  # an eighth in each column; much larger than all logits it makes the result 0
+        sink = jnp.exp2(sinks_ref[walk.head] * LOG2E - soft.top) * (1 / EIGHT)
+        total += lax.broadcast_in_dim(sink, total.shape, [0])
     plgpu.barrier_arrive(m.q_freed.at[half])
-    plgpu.barrier_wait(m.q_arrived.at[(1 - half) * MIXERS + mine])
-    ahead, total = _ahead(c, following, mine, 0), soft.total
-    soft = _Softmax(soft.p, *_fresh(c))
-    acc, soft, _ = _advance(c, m, mine, acc, soft, 1 - half, done + count, ahead)
+    if following is None:
+        acc = _last_values(c, m, mine, acc, soft.p, done + count)
+    else:
+        plgpu.barrier_wait(m.q_arrived.at[(1 - half) * MIXERS + mine])
+        ahead = _ahead(c, following, mine, 0)
+        soft = _Softmax(soft.p, *_fresh(c))
+        acc, soft, _ = _advance(c, m, mine, acc, soft, 1 - half, done + count, ahead)
     part = jnp.where(walk.slot < 0, 0.0, 1 / jnp.maximum(total.sum(axis=1), 1e-30))
     return acc * lax.broadcast_in_dim(part, acc.shape, [0]), soft
 
@@ -369,7 +423,9 @@ def _store(c: _Static, y, walk, mine, y_tile, y_ref):
             )
 
 
-def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, y_ref, *scratch):
+def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, *refs):
+    sinks_ref = refs[0] if c.sinks else None
+    y_ref, *scratch = refs[1:] if c.sinks else refs
     m = _Shared(*scratch)
     mine = lax.axis_index("warpgroup")
     turns = _turns(c, used_ref)
@@ -383,30 +439,57 @@ def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, 
                 plgpu.barrier_arrive(barriers.at[i])
         pl.when(mine == 1)(lambda: plgpu.barrier_arrive(m.turn.at[0]))
 
-        def work(turn, carry):
+        def work(turn, carry, final=False):
             done, loaded, next_loaded, soft = carry
-            walk, following = _walk(c, loaded), _walk(c, next_loaded)
-            y, soft = _mix(c, m, mine, walk, following, turn, done, soft)
+            walk, following = _walk(c, loaded), None if final else _walk(c, next_loaded)
+            y, soft = _mix(c, m, mine, walk, following, turn, done, soft, sinks_ref)
             ahead = load(turn + 2)  # arrives behind the store
             _store(c, y, walk, mine, m.y_tiles.at[mine], y_ref)
             return done + (walk.last - walk.first), next_loaded, ahead, soft
 
         loaded, next_loaded = load(0), load(1)
         soft = _begin(c, m, mine, _walk(c, loaded))
-        lax.fori_loop(0, turns, work, (jnp.int32(0), loaded, next_loaded, soft))
+        carry = (jnp.int32(0), loaded, next_loaded, soft)
+        if c.peeled:
+            carry = lax.fori_loop(0, turns - 1, work, carry)
+            work(turns - 1, carry, final=True)
+        else:
+            lax.fori_loop(0, turns, work, carry)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when((mine == MIXERS) & (turns > 0))
     def _():
         plgpu.set_max_registers(40, action="decrease")
+        _supply(c, m, load, turns, (q_ref, table_ref, k_pages, v_pages))
 
-        def work(turn, done):
-            walk = _walk(c, load(turn))
-            count = jnp.where(turn < turns, walk.last - walk.first, 1)
-            _fetch(c, m, walk, turn, done, count, q_ref, table_ref, k_pages, v_pages)
-            return done + count
 
-        lax.fori_loop(0, turns + 1, work, jnp.int32(0))
+def _supply(c: _Static, m: _Shared, load, turns, refs):
+    """The memory warpgroup: all blocks, and one tile of the last once more if that is expected."""
+
+    def tiles(turn, walk):
+        return jnp.where(turn < turns, walk.last - walk.first, 1)
+
+    def work(turn, done):
+        walk = _walk(c, load(turn))
+        count = tiles(turn, walk)
+        _fetch(c, m, walk, None, turn, done, count, (), refs)
+        return done + count
+
+    def work_early(turn, carry):
+        done, loaded, places = carry
+        walk, next_loaded = _walk(c, loaded), load(turn + 1)
+        count = tiles(turn, walk)
+        places = _fetch(c, m, walk, _walk(c, next_loaded), turn, done, count, places, refs)
+        return done + count, next_loaded, places
+
+    end = turns if c.peeled else turns + 1
+    if c.early:
+        loaded = load(0)
+        walk = _walk(c, loaded)
+        places = _places(c, walk, walk.last - 1, refs[1])
+        lax.fori_loop(0, end, work_early, (jnp.int32(0), loaded, places))
+    else:
+        lax.fori_loop(0, end, work, jnp.int32(0))
 
 
 def longest_first(plan: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
@@ -460,23 +543,25 @@ def prefill_hopper(
     window: int = 0,
     scale: float,
     softcap: float = 0.0,
-    tile: int = 128,
-    stages: int = 2,
+    sinks: jax.Array | None = None,
+    tuning: HopperTuning = HOPPER,
     interpret: Any = None,
 ) -> jax.Array:
     """Attend the chunks' tokens, whose keys are in their pages: q, y [N, H, D] -> y [N, H, D].
 
     The rows' part of y is kept, the chunks' part replaced; padding tokens become zeros. All pages
-    must hold finite numbers: what lies past a sequence's end is multiplied by zero.
+    must hold finite numbers: what lies past a sequence's end is multiplied by zero. sinks f32[H] as
+    in reference.py.
     """
     (N, H, D), (P, K, S, _) = q.shape, cache.k.shape
     base = batch.table.shape[0] * batch.tokens_per_row
     plan, used = longest_first(plan_prefill(batch, N - base, BLOCK, base=base), window)
     c = _Static(
-        H=H, K=K, S=S, D=D, tile=tile, run=min(S, tile), stages=stages,
+        H=H, K=K, S=S, D=D, tile=tuning.tile, run=min(S, tuning.tile), stages=tuning.stages,
         programs=min(PROGRAMS, plan.shape[0] * H), window=window, scale=scale, softcap=softcap,
-        dtype=q.dtype,
+        dtype=q.dtype, sinks=sinks is not None, early=tuning.early, peeled=tuning.peeled,
     )  # fmt: skip
+    pages = (cache.k.reshape(P * K * S, D), cache.v.reshape(P * K * S, D))
     y_ref = jax.new_ref(y)
     plgpu.kernel(
         functools.partial(_kernel, c),
@@ -493,8 +578,5 @@ def prefill_hopper(
             unsafe_no_auto_barriers=True,  # no thread reads shared memory, but for wgmma
         ),
         interpret=interpret,
-    )(
-        plan, used, batch.table, q, cache.k.reshape(P * K * S, D), cache.v.reshape(P * K * S, D),
-        y_ref,
-    )  # fmt: skip
+    )(plan, used, batch.table, q, *pages, *(() if sinks is None else (sinks,)), y_ref)
     return jax.freeze(y_ref)

@@ -12,12 +12,15 @@ One program per (block, query head). It walks the keys its tokens may see, `tile
 first the tiles that every token of the block sees whole, then those with the diagonal or a window's
 edge in them, where logits are masked. Padding is one more chunk that sees nothing: it becomes zero.
 
-Shared memory per program: (block + 2 * tile * stages) * D * itemsize.
+Pages may hold 8 bits, with a scale per key-value head; a sink joins the softmax at the end.
+
+Shared memory per program: block * D * itemsize of queries and 2 * tile * stages * D of the cache's.
 """
 
 # mypy: allow-untyped-calls
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +29,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from octavo.pallas_kernels.attention.batch import RaggedBatch
-from octavo.pallas_kernels.attention.gpu_decode import LOG2E, NOTHING, cap, dot, log2
+from octavo.pallas_kernels.attention.gpu_decode import LOG2E, NOTHING, cap, dot, log2, why_not_cache
 from octavo.pallas_kernels.attention.reference import KV
+
+
+@dataclass(frozen=True)
+class PrefillTuning:
+    """How the kernel is built."""
+
+    block: int = 128  # queries
+    tile: int = 64  # keys
+    warps: int = 8
+    stages: int = 2
+
+    def shared(self, D: int, itemsize: int, kept: int) -> int:
+        """Bytes of shared memory; `itemsize` of the queries, `kept` of the cache."""
+        return self.block * D * itemsize + 2 * self.tile * self.stages * D * kept
+
+
+PREFILL = PrefillTuning()
+SMALLER = (
+    PREFILL,
+    PrefillTuning(stages=1),
+    PrefillTuning(64, 32, 4, 2),
+    PrefillTuning(64, 32, 4, 1),
+)
+
+
+def prefill_tuning(D: int, itemsize: int, kept: int, most: int) -> PrefillTuning:
+    """The first that needs at most `most` bytes of shared memory, else the smallest."""
+    fitting = (t for t in SMALLER if t.shared(D, itemsize, kept) <= most)
+    return next(fitting, SMALLER[-1])
 
 
 def plan_prefill(batch: RaggedBatch, T: int, block: int, *, base: int = 0) -> jax.Array:
@@ -56,20 +88,15 @@ def plan_prefill(batch: RaggedBatch, T: int, block: int, *, base: int = 0) -> ja
 
 def why_not_prefill(q: jax.Array, k_pages: jax.Array) -> str | None:
     """The reason this kernel refuses these arguments, or None if it takes them."""
-    P, K, S, D = k_pages.shape
+    D = k_pages.shape[3]
     if D & (D - 1) or not 32 <= D <= 256:
         return f"D={D} is not a power of two between 32 and 256"
-    if q.shape[1] % K:
-        return f"H={q.shape[1]} query heads do not divide into K={K} groups"
-    if q.dtype != k_pages.dtype:
-        return f"queries are {q.dtype} and the cache is {k_pages.dtype}"
-    if P * S * K * D >= 2**31:
-        return f"a cache of {P * S * K * D} elements needs offsets of more than 32 bits"
-    return None
+    return why_not_cache(q, k_pages)
 
 
-def _kernel(plan_ref, table_ref, q_ref, k_pages, v_pages, y_in, y_ref, *,
-            G, K, S, block, tile, window, scale, softcap):  # fmt: skip
+def _kernel(plan_ref, table_ref, q_ref, *refs,
+            G, K, S, block, tile, window, scale, softcap, sinks, scaled):  # fmt: skip
+    *given, k_pages, v_pages, _y_in, y_ref = refs
     head, entry = pl.program_id(0), pl.program_id(1)
     token, size = plan_ref[entry, 0], plan_ref[entry, 1]
     position, slot = plan_ref[entry, 2], plan_ref[entry, 3]
@@ -83,14 +110,15 @@ def _kernel(plan_ref, table_ref, q_ref, k_pages, v_pages, y_in, y_ref, *,
         low = jnp.maximum(position + 1 - window, 0) if window else 0
         row = jnp.maximum(slot, 0)
         q = q_ref[tokens, head]  # [block, D]
+        k_scale, v_scale = (given[-1][i, head // G] if scaled else 1.0 for i in (0, 1))
 
         def step(i, carry, masked):
             acc, top, total = carry
             j = i * tile + jnp.arange(tile)
             seen = jnp.minimum(j, end - 1)
             where = (table_ref[row, seen >> log2(S)] * K + head // G) * S + (seen & (S - 1))
-            k, v = k_pages[where], v_pages[where]  # [tile, D] each
-            x = cap(dot(q, k, (1, 1)) * (scale * LOG2E), softcap)
+            k, v = (pages[where].astype(q.dtype) for pages in (k_pages, v_pages))  # [tile, D] each
+            x = cap(dot(q, k, (1, 1)) * (scale * LOG2E * k_scale), softcap)
             if masked:
                 keep = j[None, :] <= at[:, None]
                 if window:
@@ -114,8 +142,11 @@ def _kernel(plan_ref, table_ref, q_ref, k_pages, v_pages, y_in, y_ref, *,
             carry = lax.fori_loop(first, edge, masked, carry)
             first, whole = edge, jnp.maximum(whole, edge)
         carry = lax.fori_loop(first, whole, plain, carry)
-        acc, _, total = lax.fori_loop(whole, last, masked, carry)
-        y_ref[tokens, head] = (acc / jnp.maximum(total, 1e-30)[:, None]).astype(y_ref.dtype)
+        acc, top, total = lax.fori_loop(whole, last, masked, carry)
+        if sinks:  # much larger than all logits it is infinite, and the result 0
+            total += jnp.exp2(given[0][head] * LOG2E - top)
+        y = acc * (v_scale / jnp.maximum(total, 1e-30))[:, None]
+        y_ref[tokens, head] = y.astype(y_ref.dtype)
 
 
 def _last_edge(position, size, window, tile):
@@ -132,29 +163,31 @@ def prefill(
     window: int = 0,
     scale: float,
     softcap: float = 0.0,
-    block: int = 128,
-    tile: int = 64,
-    warps: int = 8,
-    stages: int = 2,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+    tuning: PrefillTuning = PREFILL,
     interpret: bool = False,
 ) -> jax.Array:
     """Attend the chunks' tokens, whose keys are in their pages: q, y [N, H, D] -> y [N, H, D].
 
     The rows' part of y is kept, the chunks' part replaced; padding tokens become zeros.
+    sinks f32[H], kv_scales f32[2, K] as in reference.py.
     """
     (N, H, D), (P, K, S, _) = q.shape, cache.k.shape
     base = batch.table.shape[0] * batch.tokens_per_row
-    plan = plan_prefill(batch, N - base, block, base=base)
+    plan = plan_prefill(batch, N - base, tuning.block, base=base)
     body = functools.partial(
-        _kernel, G=H // K, K=K, S=S, block=block, tile=tile, window=window, scale=scale,
-        softcap=softcap,
+        _kernel, G=H // K, K=K, S=S, block=tuning.block, tile=tuning.tile, window=window,
+        scale=scale, softcap=softcap, sinks=sinks is not None, scaled=kv_scales is not None,
     )  # fmt: skip
+    given = [x for x in (sinks, kv_scales) if x is not None]
+    pages = [x.reshape(P * K * S, D) for x in (cache.k, cache.v)]
     return pl.pallas_call(
         body,
         grid=(H, plan.shape[0]),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        input_output_aliases={5: 0},
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+        input_output_aliases={5 + len(given): 0},
+        compiler_params=plt.CompilerParams(num_warps=tuning.warps, num_stages=tuning.stages),
         name="paged_prefill",
         interpret=interpret,
-    )(plan, batch.table, q, cache.k.reshape(P * K * S, D), cache.v.reshape(P * K * S, D), y)
+    )(plan, batch.table, q, *given, *pages, y)

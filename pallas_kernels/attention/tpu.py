@@ -88,7 +88,8 @@ def attend(
     """Write, then attend. q [N, H, D], k and v [N, K, D] -> [N, H, D] in the dtype of q.
 
     Raises ValueError for a step that `why_not` refuses. `cores` of one chip share the work
-    (v4, v5p), pages of a kind in `native` are multiplied as they are (`chip`). `chunk` replaces the tokens that decode attends to at once (tests).
+    (v4, v5p), pages of a kind in `native` are multiplied as they are: see `chip`. `chunk`
+    replaces the tokens that decode attends to at once (tests).
     """
     if refusal := why_not(q, cache, batch):
         raise ValueError(f"attention on a TPU cannot take this step: {refusal}")

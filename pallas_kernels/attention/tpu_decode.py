@@ -35,7 +35,7 @@ RING = 2 * SLOTS
 RANK, CHUNK, ROW, END, BEGINS, COUNT = range(6)
 MASKED = -1e30
 TOGETHER = 64  # tokens
-BUFFER = 2 << 20  # the most bytes of one of the buffers
+BUFFER = 4 << 20  # the most bytes of one of the buffers
 VMEM = 48 << 20  # v5p and tpu7x have 64 MiB a core
 LOG2E = 1.4426950408889634
 IDS = 128  # page ids that one copy brings: the least that SMEM copies take is 512 bytes
@@ -45,7 +45,7 @@ def chunk_tokens(layout: Layout, page_size: int, dtype: jax.typing.DTypeLike, lo
     """C tokens that are attended to at once: many where they are small, so that the arithmetic of
     one hides the latency of another; few where no row has more than `longest` tokens."""
     token = layout.tiles * layout.width * jnp.dtype(dtype).itemsize
-    size = 2048
+    size = 2048 if token <= BUFFER // 4096 else 1024
     while size > LANES and (size * token > BUFFER or size > max(512, longest // 4)):
         size //= 2
     return max(size, page_size)
@@ -154,20 +154,19 @@ class _Walk:
             self.ring[what, at] = value
         self.id_copy(i, slot).start()
 
-    def start_pages(self, i: Any, slot: int, whole: bool) -> None:
-        """`whole`: the chunk has all its pages."""
+    def start_pages(self, i: Any, slot: int) -> None:
+        self.id_copy(i, slot).wait()
         n, base = self.item(COUNT, i), (self.item(CHUNK, i) * self.per) & (IDS - 1)
         for first in range(0, self.per, self.together):
             group = range(first, first + self.together)
             found = [self.ids[slot][base + j] for j in group]  # loads on a condition cost more
 
-            def start(group: range = group, found: list[Any] = found) -> None:
+            @pl.when(first < n)
+            def _(group: range = group, found: list[Any] = found) -> None:
                 for j, page_id in zip(group, found, strict=True):
                     page = self.pages.at[self.layer].at[page_id]
                     into = self.buffers[slot].at[:, pl.ds(j * self.S, self.S)]
                     pltpu.make_async_copy(page, into, self.page_sem.at[slot]).start()
-
-            start() if whole else pl.when(first < n)(start)
 
     def wait_pages(self, i: Any, slot: int) -> None:
         def wait(count: int) -> None:
@@ -318,17 +317,10 @@ def _kernel(
 
         w.wait_pages(i, slot)
         pl.when(last)(lambda: w.merge(i, slot))
-
-        # One block of instructions, so that these copies start beside the arithmetic. A copy on a
-        # condition hinders the arithmetic around it; of full chunks, nearly all, none has one.
-        def go(whole: bool) -> None:
-            w.start_pages(i + SLOTS - 1, before, whole)
-            w.start_ids(i + SLOTS, slot)
-            attend(i, slot)
-
-        w.id_copy(i + SLOTS - 1, before).wait()
-        full = w.item(COUNT, i + SLOTS - 1) == per
-        jax.lax.cond(full, lambda: go(True), lambda: go(False))
+        # One block of instructions from here, so that these copies start beside the arithmetic.
+        w.start_pages(i + SLOTS - 1, before)
+        w.start_ids(i + SLOTS, slot)
+        attend(i, slot)
 
         @pl.when(last)
         def _() -> None:
@@ -353,8 +345,7 @@ def _kernel(
                 buffers[i][tile] = jnp.zeros_like(buffers[i][tile])
 
     for i in range(SLOTS - 1):
-        w.id_copy(jnp.int32(i), i).wait()
-        w.start_pages(jnp.int32(i), i, whole=False)
+        w.start_pages(jnp.int32(i), i)
 
     def turn(g: Any, _: None) -> None:
         for slot in range(SLOTS):

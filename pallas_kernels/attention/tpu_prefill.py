@@ -111,18 +111,15 @@ def _kernel(
 
     def each_out(b: Any, act: Any) -> None:
         """What the block has of real tokens, in a few copies of static sizes."""
-        left, bit = (end[b] - begin[b] + ALIGN - 1) // ALIGN, BQ // ALIGN
-        while bit:
 
-            @pl.when((left & bit) != 0)
-            def _(bit: int = bit) -> None:
-                skip = pl.multiple_of((left & -(2 * bit)) * ALIGN, ALIGN)
-                for g in range(layout.group):
-                    mine = out.at[b % 2, :, pl.ds(g * BQ + skip, bit * ALIGN)]
-                    to = out_hbm.at[:, g, pl.ds(pl.multiple_of(row[b] + skip, ALIGN), bit * ALIGN)]
-                    act(pltpu.make_async_copy(mine, to, out_sem.at[b % 2]))
+        def some(before: Any, count: int) -> None:
+            skip = pl.multiple_of(before * ALIGN, ALIGN)
+            for g in range(layout.group):
+                mine = out.at[b % 2, :, pl.ds(g * BQ + skip, count * ALIGN)]
+                to = out_hbm.at[:, g, pl.ds(pl.multiple_of(row[b] + skip, ALIGN), count * ALIGN)]
+                act(pltpu.make_async_copy(mine, to, out_sem.at[b % 2]))
 
-            bit //= 2
+        _in_powers((end[b] - begin[b] + ALIGN - 1) // ALIGN, BQ // ALIGN, some)
 
     def count(b: Any, c: Any) -> Any:
         return jnp.clip((end[b] - c * C + S - 1) >> shift, 0, per)
@@ -136,41 +133,21 @@ def _kernel(
         jax.lax.fori_loop(0, count(b, c), one, None)
 
     def wait_pages(b: Any, c: Any, side: Any) -> None:
-        n, bit = count(b, c), per
-        while bit:  # any number of pages in a few waits of static sizes
+        def some(before: Any, count: int) -> None:
+            part = buffer.at[side, :, pl.ds(0, count * S)]
+            pltpu.make_async_copy(part, part, page_sem.at[side]).wait()
 
-            @pl.when((n & bit) != 0)
-            def _(bit: int = bit) -> None:
-                part = buffer.at[side, :, pl.ds(0, bit * S)]
-                pltpu.make_async_copy(part, part, page_sem.at[side]).wait()
-
-            bit //= 2
+        _in_powers(count(b, c), per, some)
 
     def attend(b: Any, c: Any, side: Any, masked: bool) -> None:
         def rows(h: Any, k: Any, v: Any, at: int) -> None:
             """A part of a head's rows, so that one part's softmax hides another's products."""
             part = min(PART, M - at)
             mine = pl.ds(at, part)
-            dims = (((1,), (1,)), ((), ()))
-            s = jax.lax.dot_general(q[b % 2, h, mine], k, dims, preferred_element_type=jnp.float32)
-            if softcap:
-                s = (softcap * LOG2E) * jnp.tanh(s * (1 / (softcap * LOG2E)))
+            s = _logits(q[b % 2, h, mine], k, softcap)
             if masked:
-                row = jax.lax.broadcasted_iota(jnp.int32, (part, C), 0) + at
-                behind = begin[b] - c * C + (row & (BQ - 1))
-                behind -= jax.lax.broadcasted_iota(jnp.int32, (part, C), 1)
-                seen = behind >= 0
-                if window:
-                    seen &= behind < window
-                s = jnp.where(seen, s, MASKED)
-            before = m[h, mine]
-            peak = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
-            p = jnp.exp2(s - peak[:, :1])
-            decay = jnp.exp2(before - peak)
-            m[h, mine] = peak
-            norm[h, mine] = norm[h, mine] * decay + jnp.sum(p, axis=-1, keepdims=True)
-            y = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            acc[h, mine] = acc[h, mine] * decay[:, :1] + y
+                s = jnp.where(_seen(s.shape, at, begin[b] - c * C, BQ, window), s, MASKED)
+            _add(m.at[h, mine], norm.at[h, mine], acc.at[h, mine], s, v)
 
         def head(h: Any, _: None) -> None:
             k, v = buffer[side, h], buffer[side, h if layout.shared else layout.kv_heads + h]
@@ -183,10 +160,7 @@ def _kernel(
 
     def step(b: Any, i: Any, steps: Any) -> None:
         c, side = first[b] + i, (base[b] + i) % 2
-
-        @pl.when(i + 1 < steps)
-        def _() -> None:
-            start_pages(b, c + 1, 1 - side)
+        pl.when(i + 1 < steps)(lambda: start_pages(b, c + 1, 1 - side))
 
         @pl.when((i + 1 == steps) & (b + 1 < stop))
         def _() -> None:
@@ -224,11 +198,42 @@ def _kernel(
         start_pages(start, first[start], base[start] % 2)
 
     jax.lax.fori_loop(start, stop, block, None)
-    for back in (2, 1):
+    for b in (stop - 2, stop - 1):
+        pl.when(b >= start)(functools.partial(each_out, b, lambda copy: copy.wait()))
 
-        @pl.when(stop >= start + back)
-        def _(back: int = back) -> None:
-            each_out(stop - back, lambda copy: copy.wait())
+
+def _in_powers(count: Any, most: int, act: Any) -> None:
+    """Any number of things up to `most` in a few acts of static sizes: act(how many before, n)."""
+    while most:
+        pl.when((count & most) != 0)(functools.partial(act, count & -(2 * most), most))
+        most //= 2
+
+
+def _logits(q: Any, k: Any, softcap: float) -> Any:
+    """f32[rows, C] of q [rows, W], scaled for base 2, and k [C, W]."""
+    dims = (((1,), (1,)), ((), ()))
+    s = jax.lax.dot_general(q, k, dims, preferred_element_type=jnp.float32)
+    return (softcap * LOG2E) * jnp.tanh(s * (1 / (softcap * LOG2E))) if softcap else s
+
+
+def _seen(shape: tuple[int, ...], at: int, ahead: Any, BQ: int, window: int) -> Any:
+    """bool[rows, C]: which tokens rows `at` and on see; the first row's is `ahead` of them."""
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + at
+    behind = ahead + (row & (BQ - 1))
+    behind -= jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return (behind >= 0) & (behind < window) if window else behind >= 0
+
+
+def _add(m: Any, norm: Any, acc: Any, s: Any, v: Any) -> None:
+    """The softmax of logits s [rows, C] (of base 2) times v [C, W] joins what the rows had."""
+    before = m[...]
+    peak = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
+    p = jnp.exp2(s - peak[:, :1])
+    decay = jnp.exp2(before - peak)
+    m[...] = peak
+    norm[...] = norm[...] * decay + jnp.sum(p, axis=-1, keepdims=True)
+    y = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    acc[...] = acc[...] * decay[:, :1] + y
 
 
 def _plan(

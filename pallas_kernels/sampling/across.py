@@ -4,12 +4,13 @@ A shard holds the logits f32[R, V / n] of the vocabulary ids from rank * V / n o
 size of the vocabulary crosses between shards: maxima, sums and counts of rows do.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-LEAST = -3e38  # less than every logit, for devices without infinities
+NOWHERE = -3e38  # a logit of no shard; finite, for those without infinities
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,26 @@ class Across:
     expert_rank: jax.Array  # i32[] which part of the experts it has
     axes: tuple[str, ...]  # of the mesh
     count: int  # shards
+    floats: bool = False  # only floats may cross; whole numbers below 2^24 go as such
 
     def total(self, x: jax.Array) -> jax.Array:
         """The sum of every shard's x, on each of them."""
-        return jax.lax.psum(x, self.axes)
+        return self._cross(lambda y: jax.lax.psum(y, self.axes), x)
 
     def largest(self, x: jax.Array) -> jax.Array:
-        return jax.lax.pmax(x, self.axes)
+        return self._cross(lambda y: jax.lax.pmax(y, self.axes), x)
 
     def smallest(self, x: jax.Array) -> jax.Array:
-        return jax.lax.pmin(x, self.axes)
+        return self._cross(lambda y: jax.lax.pmin(y, self.axes), x)
 
     def all(self, x: jax.Array) -> jax.Array:
         """[n, ...] every shard's x, by rank."""
-        return jax.lax.all_gather(x, self.axes)
+        return self._cross(lambda y: jax.lax.all_gather(y, self.axes), x)
+
+    def _cross(self, send: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        if not self.floats or jnp.issubdtype(x.dtype, jnp.floating):
+            return send(x)
+        return send(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def total(across: Across | None, x: jax.Array) -> jax.Array:
@@ -50,20 +57,25 @@ def ids_of(across: Across | None, V: int) -> jax.Array:
     return ids if across is None else ids + across.rank * V
 
 
-def values_at(across: Across | None, values: jax.Array, ids: jax.Array) -> jax.Array:
-    """[R, M] of values [R, V], such as logits, at vocabulary ids i32[R, M]."""
-    R, V = values.shape
-    at = ids if across is None else ids - across.rank * V
-    rows = jnp.arange(R, dtype=jnp.int32)[:, None]
-    places = (rows * V + jnp.clip(at, 0, V - 1)).reshape(-1)
-    flat = values.reshape(-1).at[places]
-    picked = flat.get(mode="promise_in_bounds", wrap_negative_indices=False).reshape(ids.shape)
+def values_at(across: Across | None, logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """f32[R, M] the logits f32[R, V] at ids i32[R, M]."""
     if across is None:
-        return picked
-    return across.largest(jnp.where((at >= 0) & (at < V), picked, LEAST))
+        return _pick(logits, ids)
+    V = logits.shape[1]
+    at = ids - across.rank * V
+    return across.largest(jnp.where((at >= 0) & (at < V), _pick(logits, at), NOWHERE))
+
+
+def _pick(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """f32[R, M] of logits f32[R, V] at ids i32[R, M], clipped; laid flat, as all compilers can."""
+    R, V = logits.shape
+    rows = jnp.arange(R, dtype=jnp.int32)[:, None]
+    at = (rows * V + jnp.clip(ids, 0, V - 1)).reshape(-1)
+    flat = logits.reshape(-1).at[at]
+    return flat.get(mode="promise_in_bounds", wrap_negative_indices=False).reshape(ids.shape)
 
 
 def log_sum_exp(across: Across | None, logits: jax.Array) -> jax.Array:
-    """f32[R] the logarithm of the sum of exp(logits f32[R, V]) over the whole vocabulary."""
+    """f32[R] log of the sum of exp(logits f32[R, V]) over the whole vocabulary."""
     top = largest(across, logits.max(-1))
     return top + jnp.log(total(across, jnp.sum(jnp.exp(logits - top[:, None]), -1)))

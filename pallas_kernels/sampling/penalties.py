@@ -36,7 +36,8 @@ Forbid = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Edits:
     """Everything optional: None leaves its part out of the program."""
 
-    allowed: jax.Array | None = None  # u32[R, ceil(V / 32)] bit v % 32 of word v // 32
+    # u32[R, ceil(V / 32)] bit v % 32 of word v // 32; inside a shard bool[R, V]
+    allowed: jax.Array | None = None
     bad_words: jax.Array | None = None  # i32[R, W, A] ids, right-aligned, -1 before them or unused
     recent: jax.Array | None = None  # i32[R, A - 1] the last ids of the sequence, -1 before it
     stop_ids: jax.Array | None = None  # i32[R, Z] -1 is unused
@@ -82,8 +83,10 @@ def edit(
 
 
 def mask_allowed(logits: jax.Array, allowed: jax.Array, forbidden: float = -jnp.inf) -> jax.Array:
-    """allowed u32[R, ceil(V / 32)]."""
+    """allowed u32[R, ceil(V / 32)], or bool[R, V]."""
     R, V = logits.shape
+    if allowed.dtype == jnp.bool_:
+        return jnp.where(allowed, logits, forbidden)
     bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1  # [R, words, 32]
     return jnp.where(bits.reshape(R, -1)[:, :V] == 1, logits, forbidden)
 
@@ -141,20 +144,20 @@ def _of_shard(edits: Edits, across: Across, V: int) -> Edits:
     ids, first = ids_of(across, V), across.rank * V
     allowed, counts, bias = edits.allowed, edits.counts, edits.bias
     if allowed is not None:
-        words = -(-V // 32)
-        bit = first + jnp.arange(words * 32, dtype=jnp.int32)
-        bit = jnp.minimum(bit, allowed.shape[1] * 32 - 1)
-        on = (allowed[:, bit >> 5] >> (bit & 31).astype(jnp.uint32)) & 1  # [R, words * 32]
-        shifted = on.reshape(-1, words, 32) << jnp.arange(32, dtype=jnp.uint32)
-        allowed = jnp.sum(shifted, -1, dtype=jnp.uint32)
+        bit = jnp.minimum(ids, allowed.shape[1] * 32 - 1)
+        words = allowed.T.at[bit >> 5].get(**IN_BOUNDS).T  # [R, V]
+        allowed = (words >> (bit & 31).astype(jnp.uint32)) & 1 == 1
     if counts is not None and counts.shape[1] > 1:
-        counts = counts[:, jnp.minimum(ids, counts.shape[1] - 1)]
+        B, n = counts.shape[0], across.count
+        every = jnp.pad(counts, ((0, 0), (0, n * V - counts.shape[1]))).reshape(B, n, V)
+        every = every.swapaxes(0, 1).reshape(n, B * V)
+        counts = every.at[across.rank[None]].get(**IN_BOUNDS).reshape(B, V)
     if edits.bias_ids is not None and bias is not None:
         at = edits.bias_ids - first
         bias = jnp.where((at >= 0) & (at < V), bias, 0)
     bad = edits.bad_words
     if bad is not None:
-        bad = bad.at[:, :, -1].set(_shifted(bad[:, :, -1], first, V))
+        bad = jnp.concatenate([bad[:, :, :-1], _shifted(bad[:, :, -1:], first, V)], axis=2)
     return replace(
         edits,
         allowed=allowed,

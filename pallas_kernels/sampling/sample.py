@@ -42,9 +42,7 @@ def sample(
     one shard's part; tokens are the same on every shard. Without `branches` the program has no
     conditional, no loop and no infinity, for compilers that have none of these.
     """
-    edited = logits
-    if edits is not None:
-        edited = edit(logits, controls, edits, across, branches=branches)
+    edited = logits if edits is None else edit(logits, controls, edits, across, branches=branches)
     if branches:
         tokens = jax.lax.cond(
             jnp.all(controls.temperature < GREEDY_BELOW),
@@ -94,45 +92,52 @@ def top_logprobs(
     likeliest; equals share the better rank). k is static and may be 0.
     """
     mass = log_sum_exp(across, logits)
-    values, ids = _top(logits, k, across, branches)
+    values, ids = _top(logits, k, across) if branches else _top_by_turns(logits, k, across)
     chosen = _at(logits, tokens, across)
     above = jnp.sum(logits > chosen[:, None], -1, dtype=jnp.int32)
     return ids, values - mass[:, None], chosen - mass, 1 + total(across, above)
 
 
-def _top(
-    logits: jax.Array, k: int, across: Across | None, branches: bool
-) -> tuple[jax.Array, jax.Array]:
+def _top(logits: jax.Array, k: int, across: Across | None) -> tuple[jax.Array, jax.Array]:
     """The k largest f32[R, k] and their ids i32[R, k]: of those that each shard found, the best."""
-    largest_of = jax.lax.top_k if branches else in_turn
+    if across is None:
+        values, ids = jax.lax.top_k(logits, k)
+        return values, ids.astype(jnp.int32)
     R, V = logits.shape
-    values, ids = largest_of(logits, min(k, V))
-    ids = ids.astype(jnp.int32)
+    values, ids = jax.lax.top_k(logits, min(k, V))
+    every, of = across.all(values), across.all(ids.astype(jnp.int32) + across.rank * V)
+    every, of = (jnp.moveaxis(a, 0, 1).reshape(R, -1) for a in (every, of))
+    values, at = jax.lax.top_k(every, k)  # equals stay in the order of their ids
+    return values, jnp.take_along_axis(of, at, axis=1)
+
+
+def _top_by_turns(logits: jax.Array, k: int, across: Across | None) -> tuple[jax.Array, jax.Array]:
+    """The same by k maxima, for compilers without top-k."""
+    R, V = logits.shape
+    ids = jnp.broadcast_to(ids_of(across, V), (R, V))
+    values, ids = _by_turns(logits, ids, min(k, V))
     if across is None:
         return values, ids
-    every, of = across.all(values), across.all(ids + across.rank * V)
+    every, of = across.all(values), across.all(ids)  # [n, R, k]
     every, of = (jnp.moveaxis(a, 0, 1).reshape(R, -1) for a in (every, of))
-    values, at = largest_of(every, k)  # equals stay in the order of their ids
-    return values, values_at(None, of, at)
+    return _by_turns(every, of, k)
+
+
+def _by_turns(values: jax.Array, ids: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest values f32[R, k] of f32[R, n] with their ids i32[R, n], the lower id first."""
+    best, of = [values[:, :0]], [ids[:, :0]]
+    for _ in range(k):
+        top = values.max(-1, keepdims=True)
+        id = jnp.where(values == top, ids, jnp.iinfo(jnp.int32).max).min(-1, keepdims=True)
+        best.append(top)
+        of.append(id)
+        values = jnp.where(ids == id, LEAST, values)
+    return jnp.concatenate(best, axis=1), jnp.concatenate(of, axis=1)
 
 
 def named_logprobs(logits: jax.Array, ids: jax.Array, across: Across | None = None) -> jax.Array:
     """f32[R, M] log_softmax of logits f32[R, V] at ids i32[R, M]."""
     return values_at(across, logits, ids) - log_sum_exp(across, logits)[:, None]
-
-
-def in_turn(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of each row of x f32[R, V] and where they are i32[R, k], one after another."""
-    places = jnp.arange(x.shape[1], dtype=jnp.int32)
-    values, ids = [], []
-    for _ in range(k):
-        id = argmax(x)
-        values.append(x.max(-1))
-        ids.append(id)
-        x = jnp.where(places == id[:, None], LEAST, x)
-    if not k:
-        return x[:, :0], jnp.zeros((x.shape[0], 0), jnp.int32)
-    return jnp.stack(values, axis=1), jnp.stack(ids, axis=1)
 
 
 def argmax(x: jax.Array, across: Across | None = None) -> jax.Array:

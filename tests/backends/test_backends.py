@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from octavo.backends import BackendError, cpu, plain, select
+from octavo.backends.neuron.errors import NeuronError
 from octavo.backends.record import doubling
 from octavo.models.ops import LayerSpec, Linear
 
@@ -21,7 +22,7 @@ def test_auto_takes_what_jax_found_and_says_so() -> None:
 
 @pytest.mark.parametrize("device", ["tpu", "neuron", "gpu"])
 def test_a_device_that_is_not_there_is_refused_with_the_next_step(device: str) -> None:
-    with pytest.raises(BackendError, match=f"no .*{device}.*use --device cpu"):
+    with pytest.raises((BackendError, NeuronError), match=f"no .*{device}.*use --device cpu"):
         select(device)
 
 

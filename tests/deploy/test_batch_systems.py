@@ -51,7 +51,7 @@ def test_slurm_starts_the_same_command_on_every_host_and_each_knows_its_place(tm
     assert (told / "srun").read_text() == "--kill-on-bad-exit=1\n"
     flags = ["serve", "my model", "--mesh", "model=16", "--host", "0.0.0.0", "--port", "8000"]
     for index in ("0", "1"):
-        assert json.loads((told / index).read_text()) == [["2", index, "gpu7:8476"], flags]
+        assert json.loads((told / index).read_text()) == [["2", index, "gpu7:7461"], flags]
 
 
 def test_ray_starts_it_on_hosts_of_its_own_and_ends_all_with_the_first(tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_ray_starts_it_on_hosts_of_its_own_and_ends_all_with_the_first(tmp_path,
         assert time.monotonic() - began < 60, "the other was told to end"
         told = [json.loads((tmp_path / index).read_text())[0] for index in ("0", "1")]
         assert [one[:2] for one in told] == [["2", "0"], ["2", "1"]]
-        assert told[0][2] == told[1][2] and told[0][2].endswith(":8476")
+        assert told[0][2] == told[1][2] and told[0][2].endswith(":7461")
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -1,7 +1,6 @@
 """Programs kept on disk: found without tracing, told apart by all that decides them."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from octavo.engine import step
 from octavo.engine.assemble import Parts, cache_maker, limits_of
@@ -18,15 +16,7 @@ from octavo.engine.step import Machine
 from octavo.engine.store import _HITS, HIT, Store
 from tests.engine.tiny import LLAMA, make_parts
 
-
-@pytest.fixture(scope="module", autouse=True)
-def without_the_cache_of_jax() -> Iterator[None]:
-    before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # it asks the setting once
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("without_the_cache_of_jax")
 
 
 @pytest.fixture(scope="module")

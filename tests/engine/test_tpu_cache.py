@@ -21,6 +21,7 @@ def interpreted(cpu: Backend) -> Backend:
         page_bytes=tpu.page_bytes,
         layers=backend.layers,
         stacked=True,
+        whole_steps=True,
     )
 
 

@@ -1,5 +1,7 @@
 """Weights find their places, or the sentence says which do not."""
 
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from octavo.models.load import LoadError, load_params, param_bytes, random_param
 from octavo.models.ops import Stacks
 from octavo.models.plain_ops import empty_cache, plain_ops
 from octavo.models.registry import Model, build
+from octavo.models.tensors import Tensor
 from tests.models.check import Sequence, prompt, torch_logits
 from tests.models.tiny import FAMILIES, tiny_model
 
@@ -162,3 +165,27 @@ def test_scales_of_the_cache_are_found_by_any_of_their_names() -> None:
     tensors[at.format(1) + "k_scale"] = np.ones(3, np.float32)
     with pytest.raises(LoadError, match=r"1.self_attn.k_scale has shape \[3\].*asks for \[2\]"):
         load_params(model, tensors.__getitem__, tensors, np.float32)
+
+
+def test_the_host_holds_one_parameter_at_a_time() -> None:
+    _, model, stored = setup()
+    live: list[int] = []
+    most = 0
+    before: Callable[[], Any] = int  # of no array yet
+
+    def get(name: str) -> np.ndarray:
+        nonlocal most
+        array = stored[name].copy()
+        live.append(array.nbytes)
+        weakref.finalize(array, live.remove, array.nbytes)
+        most = max(most, sum(live))
+        return array
+
+    def put(array: np.ndarray, tensor: Tensor) -> jax.Array:
+        nonlocal before
+        assert not isinstance(before(), np.ndarray) and live == []
+        before = weakref.ref(array if array.base is None else array.base)
+        return jnp.zeros((1,))
+
+    load_params(model, get, stored, np.float32, put=put)
+    assert most <= 2 * max(array.nbytes for array in stored.values())

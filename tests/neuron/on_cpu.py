@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from octavo.backends.neuron.exported import Exported
 
@@ -17,11 +18,38 @@ XlaComputation: Any = getattr(xla, "XlaComputation", None) or getattr(
 DTYPES = {"u8": "uint8", "s32": "int32", "u32": "uint32", "f32": "float32", "bf16": "bfloat16"}
 
 
-def load(exported: Exported, devices: Sequence[Any] | None = None) -> Callable[..., list[Any]]:
-    """run(inputs of every rank) -> outputs of every rank; an input is a list of one array a rank.
+class Ranks:
+    """One array on several devices, a part or a copy on each: what the engine asks of an array."""
 
-    With one rank both are lists of arrays instead.
-    """
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+        self.shape, self.dtype = self.parts[0].shape, self.parts[0].dtype
+
+    @staticmethod
+    def put(array: Any, axis: int | None, ranks: int) -> "Ranks":
+        """Cut along `axis`, or copied."""
+        whole = np.asarray(array)
+        return Ranks([whole] * ranks if axis is None else np.split(whole, ranks, axis))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.parts[0])
+
+    def copy_to_host_async(self) -> None: ...
+
+    def block_until_ready(self) -> "Ranks":
+        return self
+
+    def is_ready(self) -> bool:
+        return True
+
+    def is_deleted(self) -> bool:
+        return False
+
+    def delete(self) -> None: ...
+
+
+def load(exported: Exported, devices: Sequence[Any] | None = None) -> Callable[..., list[Any]]:
+    """run(inputs) -> outputs: arrays, or with several ranks `Ranks`."""
     devices = list(devices or jax.devices("cpu")[: exported.ranks])
     module = xla.mlir.xla_computation_to_mlir_module(XlaComputation(exported.hlo))
     options = xla.CompileOptions()
@@ -33,15 +61,18 @@ def load(exported: Exported, devices: Sequence[Any] | None = None) -> Callable[.
     program = client.compile_and_load(module, xla.DeviceList(tuple(devices)), options)
 
     def run(inputs: list[Any]) -> list[Any]:
-        many = [one if exported.ranks > 1 else [one] for one in inputs]
+        many = [one.parts if isinstance(one, Ranks) else [one] for one in inputs]
         placed = [
             [_put(array, t.dtype, d) for array, d in zip(each, devices, strict=True)]
             for each, t in zip(many, exported.inputs, strict=True)
         ]
         if exported.ranks == 1:
             return list(program.execute([each[0] for each in placed]))
-        results = program.execute_sharded([list(each) for each in placed])
-        return [list(each) for each in results.disassemble_into_single_device_arrays()]
+        # Said to be copies of one array: what a rank gets is what lies on its device.
+        whole = NamedSharding(Mesh(np.array(devices), ("rank",)), PartitionSpec())
+        make = jax.make_array_from_single_device_arrays
+        results = program.execute_sharded([make(e[0].shape, whole, e) for e in placed])
+        return [Ranks(each) for each in results.disassemble_into_single_device_arrays()]
 
     return run
 

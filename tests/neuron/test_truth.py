@@ -20,11 +20,10 @@ from octavo.backends.neuron.record import record
 from octavo.backends.neuron.targets import target_of
 from octavo.backends.record import Backend
 from octavo.backends.select import select
-from octavo.engine.assemble import Parts, load_weights, open_model
+from octavo.engine.assemble import Parts, load_weights, open_model, place_of
 from octavo.engine.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.memory import resolve
-from octavo.engine.mesh import Placement
 from octavo.engine.programs import Job
 from octavo.models.config import ModelConfig
 from tests.e2e.golden import COMPLETION, need
@@ -101,7 +100,7 @@ def smollm2(backend: Backend) -> list[int]:
     )
     with closing(open_model(config)) as checkpoint:
         resolved = resolve(config, backend, ModelConfig.from_hf(checkpoint.config))
-        params = load_weights(config, checkpoint, Placement(None, resolved.model), resolved.dtype)
+        params = load_weights(config, checkpoint, place_of(backend, resolved), resolved.dtype)
     core = EngineCore(config, parts=Parts(backend, resolved, params, [], 0.0))
     tokens = run_one(core, COMPLETION.input_ids, max_tokens=64)
     core.close()

@@ -10,9 +10,15 @@ import pytest
 
 from octavo.pallas_kernels.attention import cases, gpu, reference
 from octavo.pallas_kernels.attention.cases import Case
-from octavo.pallas_kernels.attention.gpu_decode import decode, plan_decode
+from octavo.pallas_kernels.attention.gpu_decode import DecodeTuning, decode, plan_decode
 from octavo.pallas_kernels.attention.gpu_hopper import longest_first, writes_through_references
-from octavo.pallas_kernels.attention.gpu_prefill import plan_prefill, prefill
+from octavo.pallas_kernels.attention.gpu_prefill import (
+    PREFILL,
+    PrefillTuning,
+    plan_prefill,
+    prefill,
+    prefill_tuning,
+)
 
 # float32: sums of up to 128 terms in another order. bfloat16: probabilities are rounded to 8 bits
 # before they meet the values, and the result is rounded once more.
@@ -34,10 +40,14 @@ CASES = {
 }
 
 
-def run(case: Case, dtype: str, attend: Callable[..., Any]) -> tuple[Any, ...]:
+def run(
+    case: Case, dtype: str, attend: Callable[..., Any], cache_dtype: str = ""
+) -> tuple[Any, ...]:
     """attend's result and the definition's, with garbage where no token was ever written."""
-    q, k, v, cache, batch = cases.inputs(case, dtype=dtype)
-    static = dict(window=case.window, scale=q.shape[-1] ** -0.5, softcap=case.softcap)
+    q, k, v, cache, batch = cases.inputs(case, dtype=dtype, cache_dtype=cache_dtype)
+    static: dict[str, Any] = dict(
+        window=case.window, scale=q.shape[-1] ** -0.5, softcap=case.softcap, **cases.extras(case)
+    )
     got, pages = attend(q, k, v, cache, batch, **static)
     want, pages_wanted = reference.attend(q, k, v, cache, batch, **static)
     return batch, got, want, pages, pages_wanted
@@ -59,11 +69,38 @@ def test_matches_the_definition(name: str, dtype: str) -> None:
     assert jnp.isfinite(got).all()
 
 
-@pytest.mark.parametrize("prefetch", [False, True])
-@pytest.mark.parametrize("target", [1, 4, 32])
-def test_any_number_of_parts_gives_the_same_rows(target: int, prefetch: bool) -> None:
+@pytest.mark.parametrize("cache_dtype", ["", "float8_e4m3fn", "int8"])
+def test_sinks_and_pages_of_eight_bits_match_the_definition(cache_dtype: str) -> None:
+    scaled = bool(cache_dtype)
+    case = Case(rows=MIXED, chunks=CHUNKS, heads=(8, 2, 64), window=50, sinks=True, scaled=scaled)
+    interpreted = functools.partial(gpu.attend, interpret=True, capability=gpu.FLOAT8)
+    batch, got, want, pages, wanted = run(case, "float32", interpreted, cache_dtype)
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
+    assert jnp.array_equal(pages.k[1:], wanted.k[1:]) and jnp.array_equal(pages.v[1:], wanted.v[1:])
+
+
+def test_many_query_heads_share_one_key_value_head() -> None:
+    case = Case(rows=ROWS, heads=(40, 1, 32), sinks=True)
+    batch, got, want, *_ = run(case, "float32", functools.partial(gpu.attend, interpret=True))
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
+
+
+def test_programs_of_the_decode_kernel_can_store_the_chunks_tokens() -> None:
+    attend = functools.partial(gpu.attend, interpret=True, tuning=gpu.Tuning(write_with_rows=True))
+    batch, got, want, pages, wanted = run(CASES["mixed"], "float32", attend)
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
+    assert jnp.array_equal(pages.k[1:], wanted.k[1:]) and jnp.array_equal(pages.v[1:], wanted.v[1:])
+
+
+@pytest.mark.parametrize(
+    ("target", "tuned"),
+    [(1, {}), (4, {}), (32, {}), (4, {"prefetch": True}), (4, {"ids_ahead": True}),
+     (32, {"spread": True})],
+)  # fmt: skip
+def test_any_number_of_parts_gives_the_same_rows(target: int, tuned: dict[str, Any]) -> None:
     def split(*args: Any, **static: Any) -> Any:
-        return decode(*args, **static, tile=16, target=target, prefetch=prefetch, interpret=True)
+        how = DecodeTuning(tile=16, parts=target * 2, **tuned)
+        return decode(*args, **static, tuning=how, interpret=True)
 
     batch, got, want, *_ = run(CASES["decode"], "float32", split)
     assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
@@ -76,7 +113,7 @@ def test_small_blocks_meet_the_diagonal_and_the_windows_edge(window: int) -> Non
 
     def small(q: Any, k: Any, v: Any, cache: Any, batch: Any, **static: Any) -> Any:
         cache = reference.write(cache, k, v, batch.dest)
-        y = prefill(q, q, cache, batch, **static, block=16, tile=16, interpret=True)
+        y = prefill(q, q, cache, batch, **static, tuning=PrefillTuning(16, 16), interpret=True)
         return y, cache
 
     batch, got, want, *_ = run(case, "float32", small)
@@ -140,9 +177,59 @@ def test_lowers_for_cuda(heads: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("page_size", [16, 256])
 def test_lowers_for_hopper(page_size: int, heads: tuple[int, int, int], window: int) -> None:
     case = Case(rows=MIXED, chunks=CHUNKS, heads=heads, page_size=page_size, window=window)
-    assert "paged_prefill_hopper" in lowered(case, hopper=True)
+    assert "paged_prefill_hopper" in lowered(case, capability=gpu.H100)
 
 
 def test_says_why_it_refuses_a_head_size() -> None:
     q, _, _, cache, batch = cases.inputs(Case(rows=ROWS, heads=(4, 2, 96)))
     assert gpu.why_not(q, cache, batch) == "D=96 is not a power of two between 32 and 256"
+
+
+def test_says_why_it_refuses_a_card() -> None:
+    q, _, _, cache, batch = cases.inputs(Case(rows=ROWS), cache_dtype="float8_e4m3fn")
+    old, older = (
+        gpu.why_not(q, cache, batch, capability=capability) for capability in ((8, 6), (7, 5))
+    )
+    assert old == "compute capability 8.6 cannot read float8_e4m3fn pages; 8.9 can"
+    assert older == "compute capability 7.5 is older than 8.0"
+
+
+def test_blocks_of_queries_fit_the_shared_memory_of_smaller_cards() -> None:
+    for D, itemsize, kept in ((64, 2, 2), (128, 2, 1), (128, 2, 2), (256, 2, 2), (128, 4, 4)):
+        tuning = prefill_tuning(D, itemsize, kept, gpu.LEAST_SHARED)
+        assert tuning.shared(D, itemsize, kept) <= gpu.LEAST_SHARED
+    assert prefill_tuning(128, 2, 2, gpu.SHARED[gpu.H100]) == PREFILL
+
+
+@pytest.mark.parametrize(
+    ("normed", "dtype", "turning"),
+    [(True, "float32", 48), (True, "bfloat16", 64), (False, "float32", 64)],
+)
+def test_norms_and_turns_in_the_kernel_as_before_it(normed: bool, dtype: str, turning: int) -> None:
+    case = Case(rows=ROWS, heads=(6, 2, 64), window=50)
+    H, K, D = case.heads
+    q, k, v, cache, batch = cases.inputs(case, dtype=dtype)
+    mixed = jnp.concatenate([q.reshape(-1, K, H // K, D), k[:, :, None], v[:, :, None]], axis=2)
+    weights = 1 + jnp.arange(2 * D, dtype=jnp.float32).reshape(2, D).astype(dtype) / D
+    angle = batch.position[:, None, None] / 10.0 ** jnp.arange(turning // 2)
+    turn = (jnp.cos(angle), jnp.sin(angle))
+    static = dict(window=case.window, scale=D**-0.5, softcap=0.0)
+
+    def prepared(x: jax.Array, weight: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        if normed:
+            unit = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+            x = (x * unit * (0.5 + weight.astype(jnp.float32))).astype(dtype).astype(jnp.float32)
+        a, b, rest = jnp.split(x, [turning // 2, turning], axis=-1)
+        turned = [a * turn[0] - b * turn[1], b * turn[0] + a * turn[1], rest]
+        return jnp.concatenate(turned, axis=-1).astype(dtype)
+
+    norms = (weights[0], weights[1]) if normed else None
+    got, pages = gpu.attend_packed(
+        mixed, turn, norms, cache, batch, **static, eps=1e-6, offset=0.5, interpret=True
+    )
+    q, k = prepared(q, weights[0]), prepared(k, weights[1])
+    want, wanted = reference.attend(q, k, v, cache, batch, **static)
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE[dtype]
+    assert relative_error(pages.k[1:], wanted.k[1:]) < TOLERANCE[dtype] / 10
+    assert jnp.array_equal(pages.v[1:], wanted.v[1:])

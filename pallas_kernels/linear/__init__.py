@@ -1,0 +1,1 @@
+"""Projections fused with what comes before and after them; one file per platform."""
