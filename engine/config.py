@@ -78,7 +78,7 @@ class EngineConfig:
     mesh: str = option(
         "",
         "devices: model cuts the model, data copies it, as in data=2,model=4; "
-        "auto cuts it over as few as do",
+        "auto decides by the model's size",
     )
     hosts: int | str = option(
         1, "hosts that run the model together, each with this command; auto asks their launcher"
@@ -236,7 +236,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         return sizes
     for part in filter(None, text.split(",")):
         axis, _, size = (piece.strip() for piece in part.partition("="))
-        hint = "write it as --mesh model=8, --mesh expert=2,model=4 or --mesh auto"
+        hint = "write it as --mesh model=8, --mesh data=2,model=4 or --mesh auto"
         if axis not in MESH_AXES:
             raise ConfigError(f"`mesh` has no axis `{axis}`: {', '.join(MESH_AXES)}", hint)
         if axis in sizes:

@@ -11,20 +11,26 @@ from octavo.engine.harvest import Harvest
 from octavo.engine.host import Host
 from octavo.engine.sequence import Sequence
 
-# A lane may have that share of its slots more to do than the idlest one, for a prefix that it has.
+# A lane may be fuller than the emptiest one by this, or by one slot, for a prefix that it has.
 # Without a bound one system prompt would send everybody to one lane.
-AHEAD = 4
+AHEAD = 0.25
 
 
 def choose(lanes: list[Host], sequence: Sequence) -> int:
-    """The lane with the longest prefix of the prompt, then the one with the least to do."""
+    """The lane with the longest prefix of the prompt, then the emptiest one."""
     if len(lanes) == 1:
         return 0
-    loads = [len(host.live) for host in lanes]
-    most = min(loads) + max(1, lanes[0].limits.dims.slots // AHEAD)
-    near = [lane for lane, load in enumerate(loads) if load < most]
+    loads = [load(host) for host in lanes]
+    most = min(loads) + max(AHEAD, 1 / lanes[0].limits.dims.slots)
+    near = [lane for lane, full in enumerate(loads) if full < most]
     hits = {lane: find_prefix(lanes[lane], sequence)[0] for lane in near}
     return min(near, key=lambda lane: (-hits[lane], loads[lane], lane))
+
+
+def load(host: Host) -> float:
+    """How full a lane is: the share of its slots or of its pages, above 1 where requests wait."""
+    slots = len(host.live) / host.limits.dims.slots
+    return max(slots, *(1 - pool.available / (pool.group.pages - 1) for pool in host.pools))
 
 
 def together(outs: list[Harvest]) -> Harvest:

@@ -55,7 +55,8 @@ def engine(folder: Path, mesh: str, **more: Any) -> EngineCore:
         "max_num_seqs": 3,
         "max_num_batched_tokens": 32,
         "page_size": 8,
-        # Less than three sequences of the longest need, or two in each data shard: some are preempted.
+        # Less than three of the longest sequences need, or two in each data shard: some are
+        # preempted.
         "num_pages": 18 if "data" in mesh else 26,
         "compilation_cache": "none",
     }
@@ -163,6 +164,10 @@ def test_a_mesh_that_cannot_be_is_refused_with_what_can(checkpoints) -> None:
         engine(folder, "model=3")
     with pytest.raises(ConfigError, match="needs 16 devices, and 8 are here"):
         engine(folder, "model=16")
+    with pytest.raises(ConfigError, match="`mesh=data=9` needs 9 devices, and 8 are here"):
+        engine(folder, "data=9")
+    with pytest.raises(ConfigError, match="copies the model, and graphs for these cores only cut"):
+        make_mesh({"data": 2}, (), cores=8)
     with pytest.raises(ConfigError, match="no experts to lie on expert=2"):
         engine(folder, "expert=2")
 
