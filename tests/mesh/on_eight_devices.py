@@ -25,11 +25,11 @@ FULL = bool(os.environ.get("OCTAVO_MESH_FULL"))
 COUNT = 64
 LENGTHS = (3, 23, 40, 23)
 Said = list[tuple[list[int], list[float]]]  # tokens, and the log probabilities that were asked for
-# What is cut in a way of its own: few heads, biases, windows, experts. The rest is behind
-# OCTAVO_MESH_FULL.
+# What is cut in a way of its own: few heads, biases (and two copies), windows, experts. The rest is
+# behind OCTAVO_MESH_FULL.
 MESHES = {
-    "llama": ("model=8", "data=2,model=2"),
-    "llama_bias": ("model=2",),
+    "llama": ("model=8",),
+    "llama_bias": ("data=2,model=2",),
     "gemma3": ("model=4",),
     "qwen3_moe": ("expert=2,model=2",),
 }
