@@ -137,6 +137,26 @@ def test_all_choices_of_a_request_stay_together(lanes: EngineCore) -> None:
     check_drained(core)
 
 
+def test_a_shard_short_of_pages_preempts_its_own_and_the_other_goes_on(
+    lanes: EngineCore, reference: Reference
+) -> None:
+    core = begin_anew(lanes)
+    client = Client(core)
+    crowded, beside = prompt(16, 0, 0, 0), prompt(20, 1, 3, 1)
+    drawn = {"temperature": 0.8, "seed": 7, "ignore_eos": True}
+    first = client.add(crowded, max_tokens=60, n=4, **drawn)  # 304 tokens, and room for 156
+    alone = client.add(beside, max_tokens=60)
+    while core.has_work():
+        client.turn()
+        check(core)
+    check_drained(core)
+    assert [host.counters.preemptions > 0 for host in core.lanes] == [True, False]
+    for choice in range(4):
+        want = reference.text(crowded, 60, choice=choice, **drawn)
+        assert client.tokens[first + choice] == want
+    assert client.tokens[alone] == reference.text(beside, 60, choice=0)
+
+
 def test_a_failed_step_starts_the_requests_of_all_shards_again(
     lanes: EngineCore, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
