@@ -179,8 +179,10 @@ def _victim(host: Host) -> Sequence | None:
 
 def _compact(host: Host, draft: Draft, decoding: np.ndarray) -> None:
     """Move the highest rows down where that makes the bucket smaller."""
+    if not host.free_slots:
+        return
     busy = np.flatnonzero(host.serial >= 0)
-    if not len(busy) or not host.free_slots:
+    if not len(busy):
         return
     buckets = host.limits.row_buckets
     top = int(busy[-1]) + 1
@@ -301,8 +303,9 @@ def _decoding(share: _Share, tokens: int) -> np.ndarray:
 
 def _touched(share: _Share, decoding: np.ndarray) -> int:
     """Rows up to the last that this step runs."""
-    last = int(np.flatnonzero(decoding)[-1]) if decoding.any() else 0
-    return 1 + max([last, *(sequence.slot for sequence, *_ in share.chunks)])
+    (rows,) = decoding.nonzero()
+    last = int(rows[-1]) if len(rows) else 0
+    return 1 + max(last, *(sequence.slot for sequence, *_ in share.chunks), 0)
 
 
 def _ask(launch: Launch, share: _Share, decoding: np.ndarray) -> None:
