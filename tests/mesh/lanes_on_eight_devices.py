@@ -143,7 +143,7 @@ def test_a_shard_short_of_pages_preempts_its_own_and_the_other_goes_on(
     core = begin_anew(lanes)
     client = Client(core)
     crowded, beside = prompt(16, 0, 0, 0), prompt(20, 1, 3, 1)
-    drawn = {"temperature": 0.8, "seed": 7, "ignore_eos": True}
+    drawn: dict[str, Any] = {"temperature": 0.8, "seed": 7, "ignore_eos": True}
     first = client.add(crowded, max_tokens=60, n=4, **drawn)  # 304 tokens, and room for 156
     alone = client.add(beside, max_tokens=60)
     while core.has_work():
