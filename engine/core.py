@@ -20,7 +20,7 @@ from octavo.engine.grammar.compiler import Compiler
 from octavo.engine.harvest import Harvest, harvest, retire
 from octavo.engine.host import Host, Launch
 from octavo.engine.intake import Intake
-from octavo.engine.lanes import choose, together
+from octavo.engine.lanes import choose, rebalance, together
 from octavo.engine.link import Leader
 from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats, View
 from octavo.engine.planning import check_workspace
@@ -199,6 +199,7 @@ class EngineCore:
         return outputs
 
     def _dispatch(self, outputs: list[Output]) -> Launch | None:
+        rebalance(self.lanes)
         launch = schedule(self.lanes)
         extend(self.lanes, launch)
         if launch is None:

@@ -126,6 +126,32 @@ def test_a_request_goes_where_its_prefix_is_and_else_where_least_is_to_do(
     assert core.stats().prefix_hits == 32
 
 
+def test_who_waits_in_vain_goes_where_there_is_room(
+    lanes: EngineCore, reference: Reference
+) -> None:
+    core = begin_anew(lanes)
+    client = Client(core)
+    texts = [prompt(8 + i, i % 2, 1, i % 3) for i in range(10)]
+    handles = [client.add(text, max_tokens=24) for text in texts]  # two more than there are slots
+    for _ in range(4):
+        client.turn()
+    assert [host.waiting for host in core.lanes] == [1, 1]
+    gone = [h for h in handles if core.lanes[1].live.get(h) and core.lanes[1].live[h].slot >= 0]
+    stayed = [h for h in handles if core.lanes[0].live.get(h) and core.lanes[0].live[h].slot >= 0]
+    client.abort(gone)
+    while core.waiting:
+        client.turn()
+        check(core)
+    assert all(h in core.lanes[0].live for h in stayed), "nobody had to end for it"
+    while core.has_work():
+        client.turn()
+        check(core)
+    check_drained(core)
+    for handle, text in zip(handles, texts, strict=True):
+        if handle not in gone:
+            assert client.tokens[handle] == reference.text(text, 24, choice=0)
+
+
 def test_all_choices_of_a_request_stay_together(lanes: EngineCore) -> None:
     core = begin_anew(lanes)
     client = Client(core)
