@@ -94,6 +94,11 @@ class Resolved:
     chunks: int = CHUNKS  # prompt chunks in one step
     context_buckets: tuple[int, ...] = ()  # pages that a program looks at
 
+    @property
+    def lanes(self) -> int:
+        """Data shards: copies of the model, each with slots and pages of its own."""
+        return 1 if self.mesh is None else int(self.mesh.shape["data"])
+
 
 def size(count: float) -> str:
     """Bytes for people."""
