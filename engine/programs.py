@@ -188,7 +188,10 @@ class Programs:
         return self.placement.abstract(jax.eval_shape(self._empty(init_kv)), STATE)
 
     def jobs(self, params: Any, init_kv: Callable[[], Any]) -> list[Job]:
-        """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs."""
+        """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs.
+
+        Raises what the backend's `check_jobs` does.
+        """
         machine, dims, place = self.machine, self.machine.dims, self.placement
         params, state = place.abstract(params, place.params), self.empty_state(init_kv)
         empty = self._empty(init_kv, each=place.cores)
@@ -246,6 +249,7 @@ class Programs:
                 )
             elif not tokens:
                 jobs += self._sample_jobs(head, state.slots, passed, rows)
+        machine.backend.check_jobs(jobs)
         return jobs
 
     def _whole_jobs(self, params: Any, state: Any) -> list[Job]:

@@ -85,10 +85,10 @@ class HeadsNotDivisible(NeuronError):
 class UnsupportedDtype(NeuronError):
     """A type that the hardware has not."""
 
-    def __init__(self, dtype: str, target: str, known: Sequence[str]) -> None:
+    def __init__(self, field: str, dtype: str, target: str, known: Sequence[str]) -> None:
         super().__init__(
-            f"{target} does not compute in {dtype}",
-            f"use --dtype {_either(known)}; checkpoints in float8_e4m3fn are converted by that",
+            f"`{field}` asks for {dtype}, in which {target} does not compute",
+            f"use --{field.replace('_', '-')} {_either(known)}",
         )
 
 

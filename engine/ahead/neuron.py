@@ -176,7 +176,6 @@ def _sizes(wanted: Wanted) -> tuple[targets.Target, int, Resolved]:
     targets.check_parallel(target, ranks, facts.H)
     backend = record(target, f"neuron: for {target.name}, which is not here")
     resolved = resolve(config, backend, facts)
-    targets.check_dtype(target, str(resolved.dtype))
     return target, ranks, resolved
 
 

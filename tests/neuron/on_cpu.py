@@ -48,17 +48,23 @@ class Ranks:
     def delete(self) -> None: ...
 
 
-def load(exported: Exported, devices: Sequence[Any] | None = None) -> Callable[..., list[Any]]:
-    """run(inputs) -> outputs: arrays, or with several ranks `Ranks`."""
-    devices = list(devices or jax.devices("cpu")[: exported.ranks])
-    module = xla.mlir.xla_computation_to_mlir_module(XlaComputation(exported.hlo))
+def compiled(computation: Any, devices: Sequence[Any]) -> Any:
+    """An executable of an XlaComputation, one replica a device."""
+    module = xla.mlir.xla_computation_to_mlir_module(computation)
     options = xla.CompileOptions()
-    options.num_replicas, options.num_partitions = exported.ranks, 1
+    options.num_replicas, options.num_partitions = len(devices), 1
     options.device_assignment = xla.DeviceAssignment.create(
-        np.arange(exported.ranks, dtype=np.int32)[:, None]
+        np.arange(len(devices), dtype=np.int32)[:, None]
     )
-    client = devices[0].client
-    program = client.compile_and_load(module, xla.DeviceList(tuple(devices)), options)
+    # Without it a graph compiles in a third of the time, and a test runs it a few dozen times.
+    options.env_option_overrides = [("xla_disable_hlo_passes", "fusion")]
+    return devices[0].client.compile_and_load(module, xla.DeviceList(tuple(devices)), options)
+
+
+def load(exported: Exported) -> Callable[..., list[Any]]:
+    """run(inputs) -> outputs: arrays, or with several ranks `Ranks`."""
+    devices = jax.devices("cpu")[: exported.ranks]
+    program = compiled(XlaComputation(exported.hlo), devices)
 
     def run(inputs: list[Any]) -> list[Any]:
         many = [one.parts if isinstance(one, Ranks) else [one] for one in inputs]

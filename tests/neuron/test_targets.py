@@ -42,9 +42,9 @@ def test_no_two_targets_share_a_family_or_an_instance() -> None:
             "--max-model-len 8192",
         ),
         (
-            lambda: targets.check_graphs(("x",) * 25),
+            lambda: targets.check_graphs(("x",) * 37),
             errors.TooManyGraphs,
-            "25 graphs, and at most 24",
+            "37 graphs, and at most 36",
         ),
     ],
 )
@@ -61,7 +61,7 @@ def test_what_works_is_not_refused() -> None:
     targets.check_dtype(targets.target_of("trn3"), "float8_e4m3fn")
     targets.check_x64(False)
     targets.check_length(8192, (8192,))
-    targets.check_graphs(("x",) * 24)
+    targets.check_graphs(("x",) * 36)
 
 
 def test_a_neffs_header_is_read_field_by_field() -> None:

@@ -19,14 +19,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxlib import _jax as xla
 
 from octavo.backends.neuron.exported import BYTES
-
-try:
-    from jaxlib._hlo import XlaComputation  # type: ignore[import-not-found]
-except ImportError:  # jaxlib 0.10.0
-    from jaxlib._jax import XlaComputation  # type: ignore[import-not-found]
+from tests.neuron.on_cpu import XlaComputation, compiled
 
 SOURCE = Path(__file__).parent / "libnrt.c"
 HEADER = 1024
@@ -165,13 +160,7 @@ class Program:
     @cached_property
     def _program(self) -> Any:
         """Compiled when it first runs: an engine loads more programs than a test uses."""
-        options = xla.CompileOptions()
-        options.num_replicas, options.num_partitions = self.ranks, 1
-        numbers = np.arange(self.ranks, dtype=np.int32)[:, None]
-        options.device_assignment = xla.DeviceAssignment.create(numbers)
-        module = xla.mlir.xla_computation_to_mlir_module(self._computation)
-        devices = xla.DeviceList(tuple(self._devices))
-        return self._devices[0].client.compile_and_load(module, devices, options)
+        return compiled(self._computation, self._devices)
 
     def run(self, rank: int, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """The results of one rank; waits until all ranks are here."""
