@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 GUIDE = "docs/neuron.md"
+RULES = "docs/neuron-graphs.md"
 INDEX = f"install it from AWS's own package index; {GUIDE} has the command"
 
 
@@ -130,7 +131,7 @@ class LintError(NeuronError):
         more = f"; and {len(findings) - 5} more" if len(findings) > 5 else ""
         super().__init__(
             f"graph {graph} breaks {len(findings)} of the compiler's rules: {shown}{more}",
-            f"write these in the forms that {GUIDE} lists",
+            f"write these in the forms that {RULES} lists",
         )
         self.findings = tuple(findings)
 

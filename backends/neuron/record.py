@@ -1,12 +1,13 @@
 """The backend record of a Neuron target: what its step looks like, wherever it is made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 
 from octavo.backends.neuron import ops, targets
+from octavo.backends.neuron.export import Job, can_export
 from octavo.backends.record import Backend, cache_dtype, doubling
 
 DTYPE = "bfloat16"
@@ -45,9 +46,14 @@ def record(
         dense_experts=True,
         context_buckets=_contexts,
         memory_limit=memory_limit or (lambda: int(target.usable)),
-        check_jobs=lambda jobs: targets.check_graphs([job.name for job in jobs]),
+        check_jobs=_check_jobs,
         why_not=partial(why_not, target),
     )
+
+
+def _check_jobs(jobs: Sequence[Job]) -> None:
+    """Raises TooManyGraphs, before the first of them is compiled."""
+    targets.check_graphs([job.name for job in jobs if can_export(job)])
 
 
 def _contexts(pages: int) -> tuple[int, ...]:

@@ -18,6 +18,12 @@ XlaComputation: Any = getattr(xla, "XlaComputation", None) or getattr(
 DTYPES = {"u8": "uint8", "s32": "int32", "u32": "uint32", "f32": "float32", "bf16": "bfloat16"}
 
 
+# A test runs a graph a few dozen times, and compiling it well would take three times as long; so
+# would fusing the written out passes of the graphs that sample.
+QUICK = {"xla_backend_optimization_level": 0}
+SAMPLING = ("sample", "masked", "rich")
+
+
 class Ranks:
     """One array on several devices, a part or a copy on each: what the engine asks of an array."""
 
@@ -56,8 +62,9 @@ def compiled(computation: Any, devices: Sequence[Any]) -> Any:
     options.device_assignment = xla.DeviceAssignment.create(
         np.arange(len(devices), dtype=np.int32)[:, None]
     )
-    # Without it a graph compiles in a third of the time, and a test runs it a few dozen times.
-    options.env_option_overrides = [("xla_disable_hlo_passes", "fusion")]
+    options.env_option_overrides = list(QUICK.items())
+    if computation.name().startswith(SAMPLING):
+        options.env_option_overrides += [("xla_disable_hlo_passes", "fusion")]
     return devices[0].client.compile_and_load(module, xla.DeviceList(tuple(devices)), options)
 
 

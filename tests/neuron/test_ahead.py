@@ -65,6 +65,7 @@ def test_names_and_lines_decide_nothing() -> None:
         (["--target", "inf2", "--mesh", "model=8"], "4 heads cannot be dealt to 8 cores"),
         (["--target", "inf2", "--mesh", "data=2"], "are split along `model` only"),
         (["--target", "trn1", "--max-logprobs", "50"], "at most 20, got `max_logprobs=50`"),
+        (["--target", "trn2", "--kv-cache-dtype", "fp8"], "float8_e4m3fn, in which trn2 does not"),
         (["--target", "inf2", "--dtype", "float16"], ""),
     ],
     ids=lambda words: " ".join(words[1:]) if isinstance(words, list) else "",
@@ -76,3 +77,15 @@ def test_what_a_target_cannot_do_is_refused(
     error: Any = capsys.readouterr().err
     assert status == (2 if message else 0), error
     assert message in error and ("use " in error) == bool(message)
+
+
+def test_more_graphs_than_anybody_waits_for_are_refused_before_the_first(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "config.json").write_text(json.dumps(LLAMA | {"max_position_embeddings": 8192}))
+    words = ["compile", str(model), "--target", "inf2", "--output", str(tmp_path / "out")]
+    sizes = ["--max-num-seqs", "512", "--max-num-batched-tokens", "8192"]
+    assert main([*words, *sizes, "--export-only"]) == 2
+    error = capsys.readouterr().err
+    assert "need 37 graphs, and at most 36 are compiled" in error and "--max-num-seqs" in error
+    assert not list((tmp_path / "out").glob("graphs/*"))

@@ -31,7 +31,7 @@ from octavo.models.config import ModelConfig
 from tests.e2e.golden import COMPLETION, need
 from tests.engine.grammar.words import VOCABULARY
 from tests.engine.tiny import GEMMA3, LLAMA, SIZES, Client, make_engine, make_parts, run_one
-from tests.neuron.on_cpu import load
+from tests.neuron.on_cpu import QUICK, load
 
 QWEN3 = SIZES | {"architectures": ["Qwen3ForCausalLM"]}
 MIXTRAL = SIZES | {
@@ -90,7 +90,11 @@ def exported_backend(_: Backend) -> Backend:
 
 def lazy_backend(backend: Backend) -> Backend:
     """The CPU backend; what is not called is not compiled."""
-    return replace(backend, compile=lambda job: jax.jit(job.function, donate_argnums=job.donate))
+
+    def compile(job: Job) -> Any:
+        return jax.jit(job.function, donate_argnums=job.donate, compiler_options=QUICK)
+
+    return replace(backend, compile=compile)
 
 
 @dataclass
