@@ -33,8 +33,10 @@ from tests.engine.grammar.words import VOCABULARY
 from tests.engine.tiny import GEMMA3, LLAMA, SIZES, Client, make_engine, make_parts, run_one
 from tests.neuron.on_cpu import QUICK, load
 
-QWEN3 = SIZES | {"architectures": ["Qwen3ForCausalLM"]}
-MIXTRAL = SIZES | {
+# Llama has two layers; what differs in the others shows in one.
+ONE = SIZES | {"num_hidden_layers": 1}
+QWEN3 = ONE | {"architectures": ["Qwen3ForCausalLM"]}
+MIXTRAL = ONE | {
     "architectures": ["MixtralForCausalLM"],
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
@@ -160,8 +162,8 @@ def test_the_exported_bytes_of_smollm2_write_the_golden_text() -> None:
     "facts, ways",
     [
         (LLAMA, tuple(WAYS)),
-        (QWEN3, ("greedy", "sample")),
-        (GEMMA3, ("greedy", "sample")),
+        (QWEN3, ("greedy",)),
+        (GEMMA3, ("greedy",)),
         (MIXTRAL, ("greedy",)),
     ],
     ids=lambda value: value["architectures"][0] if isinstance(value, dict) else " ".join(value),
