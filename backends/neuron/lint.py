@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.backends.neuron import hlo, ranges
+from octavo.backends.neuron.errors import LintError
 from octavo.backends.neuron.exported import Exported
 from octavo.backends.neuron.hlo import Computation, Instruction, Module, Shape, Sources
 from octavo.backends.neuron.wire import Message, unpack_floats
@@ -103,6 +104,14 @@ def lint(exported: Exported, target: Any) -> list[Finding]:
             context = Context(*around, instruction)
             for rule in RULES:
                 findings += rule(context)
+    return findings
+
+
+def check(exported: Exported, target: Any) -> list[Finding]:
+    """The findings that are warnings. Raises LintError."""
+    findings = lint(exported, target)
+    if found := errors(findings):
+        raise LintError(exported.name, found)
     return findings
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from octavo.backends.neuron import export
-from octavo.backends.neuron.lint import errors, lint
+from octavo.backends.neuron.lint import check
 from octavo.backends.neuron.record import record
 from octavo.backends.neuron.targets import target_of
 from octavo.backends.record import Backend
@@ -54,7 +54,7 @@ def exported(ranks: int) -> Backend:
         @cache
         def program() -> Any:  # most are never called here
             graph = export.export_job(job, ranks)
-            assert errors(lint(graph.exported, target_of("trn1"))) == []
+            check(graph.exported, target_of("trn1"))
             return graph.call(load(graph.exported))
 
         return lambda *arguments: program()(*arguments)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from octavo.backends.neuron import hlo, safe
+from octavo.backends.neuron.cache import HISTORY
 from octavo.cli.main import main
 from tests.engine.tiny import LLAMA
 
@@ -40,6 +41,8 @@ def test_exporting_writes_graphs_their_tensors_and_a_report(
     decode = json.loads((out / "graphs" / "forward_1_rows_0_tokens.json").read_text())
     leaves = [tensor["leaf"] for tensor in decode["inputs"]]
     assert "params.layers[1].mlp.down.weight" in leaves
+    edit = json.loads((out / "graphs" / "edit.json").read_text())
+    assert HISTORY in [tensor["leaf"] for tensor in edit["inputs"]]
     in_place = {decode["outputs"][o]["leaf"] for o, _ in decode["aliases"]}
     assert {"state.kv[0].k", "state.kv[1].v", "state.pages[0].table"} <= in_place
 

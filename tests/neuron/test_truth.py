@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from octavo.backends.neuron import export
-from octavo.backends.neuron.lint import errors, lint
+from octavo.backends.neuron.lint import check
 from octavo.backends.neuron.record import record
 from octavo.backends.neuron.targets import target_of
 from octavo.backends.record import Backend
@@ -76,7 +76,7 @@ def exported_backend(_: Backend) -> Backend:
         @cache
         def program() -> Any:  # most are never called here
             graph = export.export_job(job)
-            assert errors(lint(graph.exported, target_of("inf2"))) == []
+            check(graph.exported, target_of("inf2"))
             return graph.call(load(graph.exported))
 
         return lambda *arguments: program()(*arguments)
