@@ -32,9 +32,16 @@ def without_rows(batch: RaggedBatch) -> RaggedBatch:
     return replace(batch, row_start=batch.row_start[:0], row_count=batch.row_count[:0], **tokens)
 
 
-@pytest.mark.parametrize("case", [ROWS, PROMPT], ids=["rows", "prompt"])
-@pytest.mark.parametrize("heads", [(2, 2, 8), (6, 2, 16)], ids=str)
-@pytest.mark.parametrize("window, softcap, sinks", [(0, 0.0, False), (20, 5.0, True)])
+@pytest.mark.parametrize(
+    "case, heads, window, softcap, sinks",
+    [
+        (ROWS, (2, 2, 8), 0, 0.0, False),
+        (ROWS, (6, 2, 16), 20, 5.0, True),
+        (PROMPT, (6, 2, 16), 0, 0.0, False),
+        (PROMPT, (2, 2, 8), 20, 5.0, True),
+    ],
+    ids=["rows", "rows with all", "prompt", "prompt with all"],
+)
 def test_matches_the_reference(
     case: Case, heads: tuple[int, int, int], window: int, softcap: float, sinks: bool
 ) -> None:
