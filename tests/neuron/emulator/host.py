@@ -153,7 +153,7 @@ class Program:
         shape = computation.program_shape()
         self.inputs = [_port(part) for part in shape.parameter_shapes()]
         self.outputs = [_port(part) for part in shape.result_shape().tuple_shapes()]
-        # What XLA may write over; the other inputs, all weights among them, are read where they lie.
+        # What XLA may write over; other inputs, all weights among them, are read where they lie.
         aliases = Message.parse(hlo).message(ALIASES).all(1)
         self.in_place = [Message.parse(alias).number(2) for alias in aliases]
         self.ranks = ranks
@@ -222,4 +222,4 @@ def _view(address: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     count = int(np.prod(shape, dtype=np.int64))
     raw = (ctypes.c_char * (count * BYTES[dtype])).from_address(address)
     kind = np.bool_ if dtype == "pred" else jax.numpy.dtype(NUMPY[dtype])
-    return np.frombuffer(raw, kind).reshape(shape)
+    return np.frombuffer(memoryview(raw), kind).reshape(shape)
