@@ -1,6 +1,6 @@
 """Runs exported graphs of several ranks on as many virtual CPU devices; a program of its own.
 
-python -m tests.neuron.tensor_parallel llama:2 gemma3:8
+python -m tests.neuron.tensor_parallel llama:2:drawn gemma3:8
 """
 
 import os
@@ -40,7 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": SIZES | HEADS | {"architectures": ["Qwen3ForCausalLM"]},
     "gemma3": GEMMA3 | HEADS,
 }
-DRAWN = {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "min_p": 0.02, "seed": 7}
+DRAWN: dict[str, Any] = {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "min_p": 0.02, "seed": 7}
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
 
 
@@ -88,8 +88,10 @@ def checkpoint(model: Model) -> dict[str, np.ndarray]:
     return made
 
 
-def texts(facts: dict[str, Any], backend: Backend, mesh: str) -> list[list[int]]:
-    """64 tokens, greedy and drawn, of random weights that depend on the model alone."""
+def texts(
+    facts: dict[str, Any], backend: Backend, mesh: str, ways: list[dict[str, Any]]
+) -> list[list[int]]:
+    """64 tokens each way, of random weights that depend on the model alone."""
     config = EngineConfig(
         mesh=mesh,
         dtype="float32",
@@ -105,17 +107,19 @@ def texts(facts: dict[str, Any], backend: Backend, mesh: str) -> list[list[int]]
     stored = checkpoint(build(ModelConfig.from_hf(facts), resolved.max_model_len))
     params = load_params(resolved.model, stored.__getitem__, stored, "float32", place.put_weight)
     core = EngineCore(config, parts=Parts(backend, resolved, params, [], 0.0))
-    written = [run_one(core, PROMPT, max_tokens=64, **how) for how in ({}, DRAWN)]
+    written = [run_one(core, PROMPT, max_tokens=64, **how) for how in ways]
     core.close()
     return written
 
 
 def main() -> None:
-    """Print one line for each MODEL:RANKS of the command line that writes the CPU's text."""
+    """Print one line for each MODEL:RANKS[:drawn] of the command line that writes the CPU's text:
+    greedy, and then drawn."""
     for word in sys.argv[1:]:
-        name, ranks = word.split(":")
-        there = texts(MODELS[name], exported(int(ranks)), f"model={ranks}")
-        here = texts(MODELS[name], lazy(), "")
+        name, ranks, *drawn = word.split(":")
+        ways = [{}, DRAWN] if drawn else [{}]
+        there = texts(MODELS[name], exported(int(ranks)), f"model={ranks}", ways)
+        here = texts(MODELS[name], lazy(), "", ways)
         assert there == here and all(len(text) == 64 for text in there), (word, there, here)
         print(word, "equal")
 
