@@ -28,17 +28,16 @@ from octavo.models.layers import (
 )
 from octavo.models.ops import LayerSpec, Ops
 from octavo.models.rope import rotation
-from octavo.models.tensors import tensor
+from octavo.models.tensors import rows
+
+NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
 
 
 @flax.struct.dataclass
 class Layer:
-    norm1: jax.Array  # [E] before attention
+    norms: jax.Array  # [4, E] before attention, after it, before the mlp, after it
     attention: Attention
-    norm2: jax.Array  # [E] after it
-    norm3: jax.Array  # [E] before the mlp
     mlp: Mlp
-    norm4: jax.Array  # [E] after it
     # Whether the layer turns by the local theta. Its LayerSpec cannot say so: a window that no
     # sequence can outgrow is dropped there.
     local: bool = flax.struct.field(pytree_node=False, default=False)
@@ -48,16 +47,10 @@ def tensors(config: ModelConfig) -> Decoder:
     """The parameter tree, with a Tensor for every array."""
 
     def layer(i: int, at: str) -> Layer:
-        def norm(name: str) -> Any:
-            return tensor("E", f"{at}{name}_layernorm.weight", init="zeros")
-
         return Layer(
-            norm1=norm("input"),
+            norms=rows("E", *(f"{at}{name}_layernorm.weight" for name in NORMS), init="zeros"),
             attention=attention_tensors(config, at, qk_norm="zeros"),
-            norm2=norm("post_attention"),
-            norm3=norm("pre_feedforward"),
             mlp=mlp_tensors(config, at),
-            norm4=norm("post_feedforward"),
             local=config.windows[i] > 0,
         )
 
@@ -77,10 +70,10 @@ def forward(
 
     def block(x: jax.Array, w: Layer, kv: Any, spec: LayerSpec) -> tuple[jax.Array, Any]:
         own_turn = local_turn if w.local else turn
-        a, kv = attention(fixed, w.attention, norm(x, w.norm1), own_turn, kv, spec, ops)
-        x = x + norm(a, w.norm2)
-        y = gated_mlp(config, w.mlp, norm(x, w.norm3), ops)
-        return x + norm(y, w.norm4), kv
+        a, kv = attention(fixed, w.attention, norm(x, w.norms[0]), own_turn, kv, spec, ops)
+        x = x + norm(a, w.norms[1])
+        y = gated_mlp(config, w.mlp, norm(x, w.norms[2]), ops)
+        return x + norm(y, w.norms[3]), kv
 
     x = embed(params, tokens, ops)
     x = x * jnp.asarray(config.embed_scale, x.dtype)

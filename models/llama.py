@@ -26,14 +26,13 @@ from octavo.models.layers import (
 )
 from octavo.models.ops import LayerSpec, Ops
 from octavo.models.rope import rotation
-from octavo.models.tensors import tensor
+from octavo.models.tensors import rows
 
 
 @flax.struct.dataclass
 class Layer:
-    norm1: jax.Array  # [E]
+    norms: jax.Array  # [2, E] before attention, before the mlp
     attention: Attention
-    norm2: jax.Array  # [E]
     mlp: Mlp | Experts
 
 
@@ -47,10 +46,10 @@ def tensors(config: ModelConfig) -> Decoder:
 
 def layer_tensors(at: str, attention: Attention, mlp: Mlp | Experts) -> Layer:
     """A layer with the usual names of its norms."""
+    names = (f"{at}input_layernorm.weight", f"{at}post_attention_layernorm.weight")
     return Layer(
-        norm1=tensor("E", f"{at}input_layernorm.weight", init="ones"),
+        norms=rows("E", *names, init="ones"),
         attention=attention,
-        norm2=tensor("E", f"{at}post_attention_layernorm.weight", init="ones"),
         mlp=mlp,
     )
 
@@ -72,9 +71,10 @@ def forward(
     turn = rotation(fixed.rope, positions)
 
     def block(x: jax.Array, w: Layer, kv: Any, spec: LayerSpec) -> tuple[jax.Array, Any]:
-        a, kv = attention(fixed, w.attention, rms_norm(x, w.norm1, config.eps), turn, kv, spec, ops)
+        inner = rms_norm(x, w.norms[0], config.eps)
+        a, kv = attention(fixed, w.attention, inner, turn, kv, spec, ops)
         x = x + a
-        return x + feed_forward(config, w.mlp, rms_norm(x, w.norm2, config.eps), ops), kv
+        return x + feed_forward(config, w.mlp, rms_norm(x, w.norms[1], config.eps), ops), kv
 
     x = embed(params, tokens, ops)
     x, cache = ops.layers(block, x, params.layers, cache, fixed.specs)
