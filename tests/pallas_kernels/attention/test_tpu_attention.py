@@ -6,6 +6,7 @@ for real chips (test_tpu_compile.py).
 """
 
 import os
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from octavo.pallas_kernels.attention.tpu_decode import chunk_tokens
 from octavo.pallas_kernels.attention.tpu_layout import Layout, divide
 
 RANDOM_STEPS = int(os.environ.get("TPU_RANDOM_STEPS", "25"))
+AOT = "TPU_RANDOM_STEPS" in os.environ
 
 
 def machine(cores: int = 1) -> pltpu.InterpretParams:
@@ -79,6 +81,7 @@ def check(case: Case, kind: str, capfd: Any = None, seed: int = 0, cores: int = 
 
 STEPS = {
     "rows alone": Case(rows=ROWS, heads=(6, 2, 64), softcap=5.0),
+    "a prefix is shared": Case(rows=ROWS, heads=(6, 2, 64), softcap=5.0, shared=((4, 3, 3),)),
     "large heads": Case(rows=ROWS[:4], chunks=((2, 0, 20),), heads=(2, 2, 256)),
     "a chunk of an odd group": Case(
         rows=IDLE[:1], chunks=((0, 20, 30),), chunk_tokens=32, chunk_entries=1, heads=(7, 1, 128)
@@ -103,16 +106,6 @@ def test_long_prompts_take_several_blocks_and_buffers(capfd: Any) -> None:
     check(replace(case, window=150), "bfloat16", capfd)
 
 
-def test_rows_may_share_the_pages_of_a_prefix() -> None:
-    case = Case(rows=((70, 1), (40, 1)), heads=(4, 2, 128))
-    q, k, v, cache, batch = cases.inputs(case, dtype="bfloat16")
-    batch = replace(batch, table=batch.table.at[1, :2].set(batch.table[0, :2]))
-    static: dict[str, Any] = dict(window=0, scale=0.1, softcap=0.0)
-    want, _ = reference.attend(q, k, v, cache, batch, **static)
-    got, _ = tpu.attend(q, k, v, tpu.TpuKV(packed(cache)), batch, **static, interpret=STRICT)
-    assert relative_error(got, want) < TOLERANCE["bfloat16"]
-
-
 def test_a_layer_among_others_keeps_to_its_own_pages() -> None:
     case = Case(rows=((5, 1), (0, 0)), chunks=((1, 3, 20),), chunk_tokens=32, heads=(4, 2, 128))
     q, k, v, cache, batch = cases.inputs(case, dtype="bfloat16")
@@ -134,21 +127,37 @@ SHAPES = {
     "small heads": (Case(rows=(), heads=(4, 2, 64), page_size=32, scaled=True), "int8", 1),
     "8 bits": (Case(rows=(), heads=(4, 4, 128), page_size=32, window=64), "float8_e4m3fn", 1),
 }
+MORE = {  # of `make aot` alone
+    "large heads": (Case(rows=(), heads=(4, 2, 256), window=40), "bfloat16", 1),
+    "large heads of 8 bits": (Case(rows=(), heads=(2, 1, 256), page_size=32), "float8_e4m3fn", 2),
+    "64 slots": (Case(rows=((0, 0),) * 64, heads=(4, 1, 64)), "bfloat16", 1),
+}
+RANDOM = [*SHAPES, *(pytest.param(name, marks=pytest.mark.aot) for name in MORE if AOT)]
 SLOTS, LONGEST, PROMPTS = 4, 192, 64
 
 
 @st.composite
 def filled(draw: Any, shape: Case) -> Case:
-    """Lengths lie on the edges of pages and buffers more often than not."""
-    page = shape.page_size
+    """Lengths lie on the edges of pages and buffers more often than not, and neighbours may have
+    the pages of a prefix in common. Of many slots, the last are idle as often as not."""
+    page, slots = shape.page_size, max(SLOTS, len(shape.rows))
     length = st.one_of(st.sampled_from([0, 1, page - 1, page, 63, 64, 127]), st.integers(0, 150))
-    rows, chunks, room = [], [], PROMPTS
-    for slot in range(SLOTS):
-        what, before = draw(st.sampled_from(["row", "row", "idle", "chunk"])), draw(length)
+    rows, chunks, cached, room = [], [], [], PROMPTS
+    used = draw(st.integers(1, slots)) if slots > SLOTS else slots
+    for slot in range(slots):
+        what = draw(st.sampled_from(["row", "row", "idle", "chunk"])) if slot < used else "idle"
+        before = draw(length) if what != "idle" else 0
         rows.append((before, 1) if what == "row" else (0, 0))
-        if what == "chunk" and room:
+        if what == "chunk" and room and len(chunks) < SLOTS:
             chunks.append((slot, before, draw(st.integers(1, min(40, room)))))
             room -= chunks[-1][2]
+        elif what == "chunk":
+            before = 0
+        cached.append(before)
+    shared = []
+    for slot in range(1, used, 2):
+        if most := min(cached[slot - 1 : slot + 1]) // page:
+            shared.append((slot, slot - 1, draw(st.integers(0, most))))
     return replace(
         shape,
         rows=tuple(rows),
@@ -156,12 +165,14 @@ def filled(draw: Any, shape: Case) -> Case:
         pages_per_slot=LONGEST // page,
         chunk_tokens=PROMPTS,
         chunk_entries=SLOTS,
+        shared=tuple(shared),
     )
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", RANDOM)
 def test_any_ragged_step_matches_the_definition(name: str, capfd: Any) -> None:
-    shape, kind, cores = SHAPES[name]
+    shape, kind, cores = (SHAPES | MORE)[name]
+    began, done = time.monotonic(), 0
 
     @settings(
         max_examples=RANDOM_STEPS,
@@ -172,7 +183,12 @@ def test_any_ragged_step_matches_the_definition(name: str, capfd: Any) -> None:
     )
     @given(filled(shape), st.integers(0, 99))
     def holds(case: Case, seed: int) -> None:
+        nonlocal done
         check(case, kind, capfd, seed, cores)
+        done += 1
+        if AOT and done % 50 == 0:  # minutes pass
+            with capfd.disabled():
+                print(f"{name}: {done} steps, {time.monotonic() - began:,.0f} s", flush=True)
 
     holds()
 
