@@ -150,7 +150,8 @@ def filled(draw: Any, shape: Case) -> Case:
     the pages of a prefix in common. Of many slots, the last are idle as often as not."""
     page, slots = shape.page_size, max(SLOTS, len(shape.rows))
     length = st.one_of(st.sampled_from([0, 1, page - 1, page, 63, 64, 127]), st.integers(0, 150))
-    rows, chunks, cached, room = [], [], [], PROMPTS
+    chunks: list[tuple[int, int, int]] = []
+    rows, cached, room = [], [], PROMPTS
     used = draw(st.integers(1, slots)) if slots > SLOTS else slots
     for slot in range(slots):
         what = draw(st.sampled_from(["row", "row", "idle", "chunk"])) if slot < used else "idle"
