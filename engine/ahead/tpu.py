@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from octavo.backends import tpu
 from octavo.backends.chips import CHIPS, Chip
-from octavo.backends.record import Backend, BackendError, cache_dtype
+from octavo.backends.record import Backend, BackendError
 from octavo.backends.topology import chips_of, devices_of
 from octavo.engine.ahead import attention
 from octavo.engine.ahead.report import Attention, Program, Report
@@ -66,16 +66,14 @@ def compile(wanted: Wanted) -> Report:
     resolved = replace(resolved, memory=check_workspace(resolved, programs.workspace()))
     loops = resolved.model.loops
     measured = [Program.of(name, made, loops) for name, made in programs.made.items()]
-    report = Report(
-        chip, wanted.topology, resolved, measured, folder, _attention(chip, backend, resolved)
-    )
+    report = Report(chip, wanted.topology, resolved, measured, folder, _attention(chip, resolved))
     (folder / "report.json").write_text(json.dumps(report.as_json(), indent=2) + "\n")
     return report
 
 
-def _attention(chip: Chip, backend: Backend, resolved: Resolved) -> Attention | None:
+def _attention(chip: Chip, resolved: Resolved) -> Attention | None:
     """What the kernels cost for these heads, pages and lengths; None for pages of other kinds."""
-    dims, kind = resolved.dims, str(cache_dtype(resolved.config, backend.dtype))
+    dims, kind = resolved.dims, resolved.kv_dtype.name
     if kind not in attention.KINDS:
         return None
     ((_, numbers),) = attention.costs(
