@@ -12,6 +12,7 @@ from octavo.backends.record import Backend
 from octavo.pallas_kernels.attention import blockwise, gpu
 from octavo.pallas_kernels.attention.batch import RaggedBatch
 from octavo.pallas_kernels.attention.reference import KV
+from octavo.pallas_kernels.norm import gpu as norm
 
 ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -30,6 +31,7 @@ def backend(reason: str, choices: Choices = CHOICES) -> Backend:
         devices=tuple(jax.devices("gpu")),
         attend=partial(attend, capability=capability, tuning=choices.tuning),
         attend_packed=partial(attend_packed, choices=choices, capability=capability),
+        add_norm=partial(add_norm, choices=choices, capability=capability),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
         linear=plain.linear,
@@ -92,6 +94,22 @@ def attend_packed(
     if gpu.why_not_packed(mixed, cache, batch, capability) is not None:
         return None
     return gpu.attend_packed(mixed, turn, norms, cache, batch, **static, tuning=choices.tuning)
+
+
+def add_norm(
+    x: jax.Array,
+    y: jax.Array | None,
+    weight: jax.Array,
+    eps: float,
+    offset: float,
+    *,
+    choices: Choices,
+    capability: gpu.Capability,
+) -> tuple[jax.Array, jax.Array] | None:
+    """Addition and norm of decode rows in one kernel; None where XLA's own are as good."""
+    if x.shape[0] > choices.normed or capability < gpu.OLDEST or norm.why_not(x) is not None:
+        return None
+    return norm.add_norm(x, y, weight, eps, offset)
 
 
 def capability_of(device: jax.Device) -> gpu.Capability:

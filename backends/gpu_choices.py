@@ -3,7 +3,7 @@
 The defaults are what was measured to be the fastest (bench/gpu-notes.md). The environment variable
 OCTAVO_GPU overrides them for a measurement, by names and values with commas between:
 
-    OCTAVO_GPU="cublas_from=1000000,ids_ahead=1,xla_gpu_autotune_level=4"
+    OCTAVO_GPU="cublas_from=1000000,tile=32,xla_gpu_autotune_level=4"
 """
 
 from dataclasses import dataclass, fields, replace
@@ -25,7 +25,9 @@ class Choices:
     # Tokens from which XLA's own matrix products are behind cuBLAS's, and cost longer to compile.
     cublas_from: int = 128
     # Decode rows up to which queries and keys are normed and turned inside the decode kernel.
-    packed: int = 0
+    packed: int = 128
+    # Decode rows up to which an addition and the norm behind it are one kernel.
+    normed: int = 64
     tuning: Tuning = Tuning()
     xla: tuple[tuple[str, Value], ...] = ()  # options of XLA, for every program
 
@@ -43,11 +45,9 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
     if name.startswith("xla_"):
         return replace(choices, xla=(*choices.xla, (name, _value(value))))
     tuning = choices.tuning
-    if name in ("cublas_from", "packed"):
+    if name in ("cublas_from", "packed", "normed"):
         given: dict[str, Any] = {name: _number(name, value)}
         return replace(choices, **given)
-    if name == "write_with_rows":
-        return replace(choices, tuning=replace(tuning, write_with_rows=bool(_number(name, value))))
     if name in _names(DecodeTuning):
         given = {name: _like(tuning.decode, name, value)}
         decode = replace(tuning.decode, **given)
@@ -56,13 +56,7 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
         given = {name: _like(tuning.hopper, name, value)}
         hopper = replace(tuning.hopper, **given)
         return replace(choices, tuning=replace(tuning, hopper=hopper))
-    known = [
-        "cublas_from",
-        "packed",
-        "write_with_rows",
-        *_names(DecodeTuning),
-        *_names(HopperTuning),
-    ]
+    known = ["cublas_from", "packed", "normed", *_names(DecodeTuning), *_names(HopperTuning)]
     raise BackendError(
         f"{VARIABLE} names `{name}`; there are {', '.join(dict.fromkeys(known))} and xla_..."
     )

@@ -71,6 +71,8 @@ class Backend:
     # attend_packed(mixed [N, K, J, D], turn, norms, cache, batch, *, window, scale, softcap, eps,
     # offset) -> (out, cache), or None where it refuses the step: norms and rotation are its own.
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
+    # add_norm(x, y, weight, eps, offset) -> (x + y, its norm), or None, likewise
+    add_norm: Callable[..., tuple[jax.Array, jax.Array] | None] = lambda *_: None
     stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
 
     columns: int = 0  # stacked matrices are kept in blocks of so many columns; 0: whole

@@ -1,6 +1,6 @@
 """Everything that is to be measured on one NVIDIA GPU, in one command, the most wanted first.
 
-    python -m octavo.bench.gpu_all --shapes FOLDER [--weights FILE] [--seconds 590] [--only a,b]
+    python -m octavo.bench.gpu_all --shapes FOLDER [--weights FILE] [--seconds 590] [--only 'a; b']
     python -m octavo.bench.gpu_all --list
 
 FOLDER holds llama31_8b and qwen3_0_6b (a config.json each), FILE is SmolLM2-135M as GGUF. Each step
@@ -38,7 +38,7 @@ def _engine(shape: str, *words: str) -> tuple[str, ...]:
         "gpu",
         "--model",
         shape,
-        "--compilation-cache-dir",
+        "--compilation-cache",
         "{cache}",
         *words,
     )
@@ -79,10 +79,10 @@ def main() -> int:
     parser.add_argument("--weights", default="", help="SmolLM2-135M-Instruct as a GGUF file")
     parser.add_argument("--cache", default="", help="a folder for compiled programs")
     parser.add_argument("--seconds", type=float, default=590, help="for all of it")
-    parser.add_argument("--only", default="", help="names of steps, with commas between")
+    parser.add_argument("--only", default="", help="names of steps, with semicolons between")
     parser.add_argument("--list", action="store_true", help="name the steps and their seconds")
     options = parser.parse_args()
-    named = [name.strip() for name in options.only.split(",") if name.strip()]
+    named = [name.strip() for name in options.only.split(";") if name.strip()]
     steps = chosen(STEPS, named)
     if options.list:
         print(*(f"{step.seconds:>4} s  {step.name}" for step in steps), sep="\n")

@@ -58,7 +58,8 @@ def ragged(rows: int, mean: int) -> tuple[int, ...]:
 DECODE = (
     Shape("64 x 1,024", (1023,) * 64, target=2400),
     Shape("64 x 4,096", (4095,) * 64, target=2750),
-    Shape("256 x 384", (383,) * 256),
+    Shape("256 x 384", (383,) * 256, target=2750),
+    Shape("256 ragged, 512", ragged(256, 512), target=2500),
     Shape("64 ragged, 1,024", ragged(64, 1024)),
     Shape("1 x 32,768", (32767,), target=2300),
     Shape("1 x 512", (511,)),
@@ -80,32 +81,17 @@ def _decode(**how: Any) -> tuple[Tuning, str]:
 
 DECODE_VARIANTS: Variants = {
     "default": (Tuning(), BF16),
-    "ids ahead": _decode(ids_ahead=True),
-    "merge spread": _decode(spread=True),
-    "ids ahead, merge spread": _decode(ids_ahead=True, spread=True),
-    "tile 128, ids ahead": _decode(tile=128, ids_ahead=True),
-    "tile 32, ids ahead": _decode(tile=32, ids_ahead=True, spread=True),
-    "1,056 parts, spread": _decode(parts=1056, ids_ahead=True, spread=True),
-    "396 parts, spread": _decode(parts=396, ids_ahead=True, spread=True),
-    "tile 32, in registers": _decode(tile=32, prefetch=True, spread=True),
+    "tile 32": _decode(tile=32),
+    "tile 128": _decode(tile=128),
+    "264 parts": _decode(parts=264),
+    "1,056 parts": _decode(parts=1056),
     "fp8": (Tuning(), "float8_e4m3fn"),
-    "fp8, tile 128, ids ahead": (
-        Tuning(decode=DecodeTuning(tile=128, ids_ahead=True, spread=True)),
-        "float8_e4m3fn",
-    ),
     "int8": (Tuning(), "int8"),
 }
-_BOTH = Tuning(hopper=HopperTuning(early=True, peeled=True))
 PREFILL_VARIANTS: Variants = {
     "default": (Tuning(), BF16),
-    "early": (Tuning(hopper=HopperTuning(early=True)), BF16),
-    "peeled": (Tuning(hopper=HopperTuning(peeled=True)), BF16),
-    "written with rows": (Tuning(write_with_rows=True), BF16),
-    "early, peeled": (_BOTH, BF16),
-    "all three": (
-        Tuning(DecodeTuning(), HopperTuning(early=True, peeled=True), write_with_rows=True),
-        BF16,
-    ),
+    "not early": (Tuning(hopper=HopperTuning(early=False)), BF16),
+    "not peeled": (Tuning(hopper=HopperTuning(peeled=False)), BF16),
     "fp8 by Triton": (Tuning(), "float8_e4m3fn"),
 }
 

@@ -39,7 +39,8 @@ def admit(slots: SlotState, plan: Plan) -> SlotState:
         return jnp.where(taken.reshape(taken.shape + trail), picked, old)
 
     at = SCALARS.index("prompt_len")
-    terms = jnp.concatenate([plan.admission[:, at : at + TERMS], plan.stop_ids], axis=1)
+    sampling = jax.lax.bitcast_convert_type(plan.sampling, jnp.int32)
+    terms = [plan.admission[:, at : at + TERMS], plan.stop_ids, sampling]
     nothing = jnp.zeros_like(slots.bias[:1])
     spared = jnp.concatenate([taken, jnp.zeros((1,), jnp.bool_)])[:, None]
     return replace(
@@ -47,8 +48,7 @@ def admit(slots: SlotState, plan: Plan) -> SlotState:
         active=slots.active & ~taken,
         length=place(slots.length, column["length"]),
         adapter=place(slots.adapter, column["adapter"]),
-        terms=place(slots.terms, terms),
-        sampling=place(slots.sampling, plan.sampling),
+        terms=place(slots.terms, jnp.concatenate(terms, axis=1)),
         counts=jnp.where(taken[:, None], jnp.float32(0), slots.counts),
         bias=jnp.where(spared, nothing, slots.bias),
     )

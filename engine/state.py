@@ -43,15 +43,14 @@ class SlotState:
     active: jax.Array  # bool[B] the slot decodes: `last` waits to be run
     length: jax.Array  # i32[B] tokens whose keys and values are written
     last: jax.Array  # i32[B, Q] the sampled tokens that were not run yet
-    terms: jax.Array  # i32[B, 5 + 8] what never changes; one leaf, because leaves cost dispatches
-    sampling: jax.Array  # f32[B, NS] see pallas_kernels.sampling.Controls
+    terms: jax.Array  # i32[B, 5 + 8 + NS] what never changes: one leaf, for leaves cost dispatches
     adapter: jax.Array  # i32[B] 0 is the base model
     history: jax.Array  # i32[B + 1, X] the tokens by position; valid up to `length` (and `last`)
     counts: jax.Array  # f32[B, V] times generated, and a half where the token is in the prompt
     bias_ids: jax.Array  # i32[B + 1, BIAS]
     bias: jax.Array  # f32[B + 1, BIAS] added to the logits of bias_ids; 0 pads
 
-    # The columns of `terms`, in the order of plan.SCALARS.
+    # The columns of `terms`: the first in the order of plan.SCALARS.
     @property
     def prompt_len(self) -> jax.Array:
         """i32[B] tokens that count as prompt."""
@@ -75,7 +74,12 @@ class SlotState:
     @property
     def stop_ids(self) -> jax.Array:
         """i32[B, 8] tokens that end the sequence; -1 pads."""
-        return self.terms[:, TERMS:]
+        return self.terms[:, TERMS : TERMS + STOP_IDS]
+
+    @property
+    def sampling(self) -> jax.Array:
+        """f32[B, NS] see pallas_kernels.sampling.Controls."""
+        return jax.lax.bitcast_convert_type(self.terms[:, TERMS + STOP_IDS :], jnp.float32)
 
 
 @flax.struct.dataclass
@@ -147,8 +151,7 @@ def empty_slots(dims: Dims) -> SlotState:
         active=zeros(slots, dtype=jnp.bool_),
         length=zeros(slots),
         last=zeros(slots, 1),
-        terms=zeros(slots, TERMS + STOP_IDS),
-        sampling=zeros(slots, dims.controls, dtype=jnp.float32),
+        terms=zeros(slots, TERMS + STOP_IDS + dims.controls),
         adapter=zeros(slots),
         history=zeros(slots + 1, dims.max_len),
         counts=zeros(slots, dims.vocab if dims.counts else 1, dtype=jnp.float32),

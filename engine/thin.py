@@ -14,7 +14,7 @@ PAGES = ("table", "held", "free_stack", "free_top")  # what a forward pass touch
 ROWS = ("active", "length", "last")  # and of the slots
 CHUNKS = (*ROWS, "history")  # with prompt tokens
 GREEDY = (*ROWS, "terms", "history")
-SAMPLE = (*GREEDY, "sampling", "counts", "bias_ids", "bias")
+SAMPLE = (*GREEDY, "counts", "bias_ids", "bias")
 
 
 def lend(state: Any, slots: tuple[str, ...]) -> Any:

@@ -18,26 +18,27 @@ from octavo.models.layers import (
     Decoder,
     Fixed,
     Mlp,
+    add_norm,
     attention,
     attention_tensors,
     decoder_tensors,
     embed,
     gated_mlp,
     mlp_tensors,
-    rms_norm,
 )
 from octavo.models.ops import LayerSpec, Ops
 from octavo.models.rope import rotation
-from octavo.models.tensors import rows
-
-NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+from octavo.models.tensors import tensor
 
 
 @flax.struct.dataclass
 class Layer:
-    norms: jax.Array  # [4, E] before attention, after it, before the mlp, after it
+    norm1: jax.Array  # [E] before attention
     attention: Attention
+    norm2: jax.Array  # [E] after it
+    norm3: jax.Array  # [E] before the mlp
     mlp: Mlp
+    norm4: jax.Array  # [E] after it
     # Whether the layer turns by the local theta. Its LayerSpec cannot say so: a window that no
     # sequence can outgrow is dropped there.
     local: bool = flax.struct.field(pytree_node=False, default=False)
@@ -47,10 +48,16 @@ def tensors(config: ModelConfig) -> Decoder:
     """The parameter tree, with a Tensor for every array."""
 
     def layer(i: int, at: str) -> Layer:
+        def norm(name: str) -> Any:
+            return tensor("E", f"{at}{name}_layernorm.weight", init="zeros")
+
         return Layer(
-            norms=rows("E", *(f"{at}{name}_layernorm.weight" for name in NORMS), init="zeros"),
+            norm1=norm("input"),
             attention=attention_tensors(config, at, qk_norm="zeros"),
+            norm2=norm("post_attention"),
+            norm3=norm("pre_feedforward"),
             mlp=mlp_tensors(config, at),
+            norm4=norm("post_feedforward"),
             local=config.windows[i] > 0,
         )
 
@@ -65,17 +72,19 @@ def forward(
     turn = rotation(fixed.rope, positions)
     local_turn = rotation(fixed.local_rope or fixed.rope, positions)
 
-    def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return rms_norm(x, weight, config.eps, offset=1.0)
+    def norm(x: jax.Array, weight: jax.Array, y: jax.Array | None = None) -> Any:
+        """The sum of x and y, and its norm."""
+        return add_norm(x, y, weight, config.eps, ops, offset=1.0)
 
     def block(x: jax.Array, w: Layer, kv: Any, spec: LayerSpec) -> tuple[jax.Array, Any]:
         own_turn = local_turn if w.local else turn
-        a, kv = attention(fixed, w.attention, norm(x, w.norms[0]), own_turn, kv, spec, ops)
-        x = x + norm(a, w.norms[1])
-        y = gated_mlp(config, w.mlp, norm(x, w.norms[2]), ops)
-        return x + norm(y, w.norms[3]), kv
+        _, normed = norm(x, w.norm1)
+        a, kv = attention(fixed, w.attention, normed, own_turn, kv, spec, ops)
+        x, normed = norm(x, w.norm3, norm(a, w.norm2)[1])
+        y = gated_mlp(config, w.mlp, normed, ops)
+        return x + norm(y, w.norm4)[1], kv
 
     x = embed(params, tokens, ops)
     x = x * jnp.asarray(config.embed_scale, x.dtype)
     x, cache = ops.layers(block, x, params.layers, cache, fixed.specs)
-    return norm(x, params.norm), cache
+    return norm(x, params.norm)[1], cache

@@ -95,6 +95,17 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -
     return (wide * scale * (offset + weight.astype(jnp.float32))).astype(x.dtype)
 
 
+def add_norm(
+    x: jax.Array, y: jax.Array | None, weight: jax.Array, eps: float, ops: Ops, offset: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """x [N, E], and y [N, E] to be added to it -> their sum, its `rms_norm`."""
+    done = ops.add_norm(x, y, weight, eps, offset)
+    if done is not None:
+        return done
+    x = x if y is None else x + y
+    return x, rms_norm(x, weight, eps, offset)
+
+
 def attention(
     fixed: Fixed,
     w: Attention,

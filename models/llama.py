@@ -16,23 +16,24 @@ from octavo.models.layers import (
     Experts,
     Fixed,
     Mlp,
+    add_norm,
     attention,
     attention_tensors,
     decoder_tensors,
     embed,
     gated_mlp,
     mlp_tensors,
-    rms_norm,
 )
 from octavo.models.ops import LayerSpec, Ops
 from octavo.models.rope import rotation
-from octavo.models.tensors import rows
+from octavo.models.tensors import tensor
 
 
 @flax.struct.dataclass
 class Layer:
-    norms: jax.Array  # [2, E] before attention, before the mlp
+    norm1: jax.Array  # [E]
     attention: Attention
+    norm2: jax.Array  # [E]
     mlp: Mlp | Experts
 
 
@@ -46,10 +47,10 @@ def tensors(config: ModelConfig) -> Decoder:
 
 def layer_tensors(at: str, attention: Attention, mlp: Mlp | Experts) -> Layer:
     """A layer with the usual names of its norms."""
-    names = (f"{at}input_layernorm.weight", f"{at}post_attention_layernorm.weight")
     return Layer(
-        norms=rows("E", *names, init="ones"),
+        norm1=tensor("E", f"{at}input_layernorm.weight", init="ones"),
         attention=attention,
+        norm2=tensor("E", f"{at}post_attention_layernorm.weight", init="ones"),
         mlp=mlp,
     )
 
@@ -71,11 +72,11 @@ def forward(
     turn = rotation(fixed.rope, positions)
 
     def block(x: jax.Array, w: Layer, kv: Any, spec: LayerSpec) -> tuple[jax.Array, Any]:
-        inner = rms_norm(x, w.norms[0], config.eps)
-        a, kv = attention(fixed, w.attention, inner, turn, kv, spec, ops)
-        x = x + a
-        return x + feed_forward(config, w.mlp, rms_norm(x, w.norms[1], config.eps), ops), kv
+        _, normed = add_norm(x, None, w.norm1, config.eps, ops)
+        a, kv = attention(fixed, w.attention, normed, turn, kv, spec, ops)
+        x, normed = add_norm(x, a, w.norm2, config.eps, ops)
+        return x + feed_forward(config, w.mlp, normed, ops), kv
 
     x = embed(params, tokens, ops)
     x, cache = ops.layers(block, x, params.layers, cache, fixed.specs)
-    return rms_norm(x, params.norm, config.eps), cache
+    return add_norm(x, None, params.norm, config.eps, ops)[1], cache

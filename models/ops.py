@@ -82,7 +82,7 @@ class Across(Protocol):
 
 @dataclass(frozen=True)
 class Ops:
-    """The four operations a backend brings, one more that it may, and the way to the other shards.
+    """The four operations a backend brings, two more that it may, and the way to the other shards.
 
     attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, spec: AttentionSpec) -> ([N, H, D], cache)
         stores this layer's keys and values in its pages, then attends. Which pages and positions:
@@ -101,6 +101,8 @@ class Ops:
     attend_packed(mixed [N, K, J, D], turn, norms, cache, spec, eps, offset) -> as attend, or None
         `attend` of the projections as they come: it norms (norms: weights [2, D] of queries and
         keys, plus `offset`, or None) and turns them too. None: do that first, then `attend`.
+    add_norm(x [N, E], y [N, E] | None, weight [E], eps, offset) -> (x + y, its RMS norm), or None
+        both in one kernel, where that is faster. None: one after the other.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]]
@@ -108,6 +110,7 @@ class Ops:
     grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
+    add_norm: Callable[..., tuple[jax.Array, jax.Array] | None] = lambda *_: None
     across: Across | None = None  # None: the model is whole
     dense_experts: bool = False  # every expert meets every token
 

@@ -15,6 +15,7 @@ PROGRAMS = {
     "replicas": "what scaling, and the loss of a replica, look like under Ray Serve",
     "host": "what a step costs the host, with a model that computes nothing",
     "gpu": "the engine alone on an accelerator: random weights of a real shape, four workloads",
+    "mesh": "one device beside a mesh of them: the same tokens, and how much faster",
     "golden": "whether real weights give the golden tokens on this device",
     "grammar": "llguidance beside xgrammar: schemas compiled, masks filled",
     "structured": "whether every text that a schema ruled parses and validates",

@@ -55,7 +55,6 @@ class Tuning:
 
     decode: DecodeTuning = DECODE
     hopper: HopperTuning = HOPPER
-    write_with_rows: bool = False  # chunk tokens are stored by programs of the decode kernel
 
 
 TUNING = Tuning()
@@ -102,14 +101,10 @@ def attend(
     chunks = q.shape[0] > rows
     static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap, sinks=sinks)
     scaled: dict[str, Any] = dict(kv_scales=kv_scales, interpret=interpret)
-    stored_too = 16 if chunks and tuning.write_with_rows else 0
-    y, cache = decode(
-        q, k, v, cache, batch, **static, **scaled, tuning=tuning.decode, write_chunks=stored_too
-    )
+    y, cache = decode(q, k, v, cache, batch, **static, **scaled, tuning=tuning.decode)
     if not chunks:
         return y, cache
-    if not stored_too:
-        cache = write(cache, k, v, batch.dest, kv_scales, base=rows, interpret=interpret)
+    cache = write(cache, k, v, batch.dest, kv_scales, base=rows, interpret=interpret)
     if capability == H100 and why_not_hopper(q, cache.k) is None and kv_scales is None:
         return prefill_hopper(q, y, cache, batch, **static, tuning=tuning.hopper), cache
     most = SHARED.get(capability, LEAST_SHARED)

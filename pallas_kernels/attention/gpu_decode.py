@@ -40,6 +40,7 @@ NOTHING = -1e30  # a maximum over no logits; finite, so that differences never m
 ROWS = 16  # the smallest M of a tensor core product
 MOST_HEADS = 64  # query heads of one key-value head: more rows than that spill
 FINER = 4  # times the parts, where rows differ much
+ENOUGH = 2048  # merging programs that fill the card
 FEW = 1024  # results, below which a merge has multiprocessors to spare
 EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
 
@@ -51,10 +52,7 @@ class DecodeTuning:
     tile: int = 64  # tokens of one iteration
     parts: int = 528  # programs that fill the card: 132 multiprocessors x 4 resident
     warps: int = 4
-    prefetch: bool = False  # the next tile in registers before this one is used
-    ids_ahead: bool = False  # the next tile's places known before this one is used
     merged: int = 16  # parts that one merge iteration reads: registers decide who is resident
-    spread: bool = False  # few rows: merge 32 columns a program, and up to 64 parts at once
 
 
 DECODE = DecodeTuning()
@@ -193,9 +191,6 @@ class _Static:
     tuning: DecodeTuning
     sinks: bool
     scaled: bool
-    chunk: int  # tokens that one writing program stores; 0: others write
-    base: int  # where the chunks' tokens begin
-    parts: int
     interpret: bool
     turned: "Turned | None" = None  # what there is are projections, not queries and keys
 
@@ -263,18 +258,18 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
     k_scale, v_scale = _scales(c, given, head)
     stream = _gather if c.interpret else _stream
     tile = c.tuning.tile
-    row = parts_ref[jnp.minimum(part, c.parts - 1), 0]
+    row, low, high, kind = (parts_ref[part, i] for i in range(4))  # all before the first is used
 
-    @pl.when((part < c.parts) & (row < table_ref.shape[0]))
+    @pl.when(row < table_ref.shape[0])
     def _():
-        low, high, kind = parts_ref[part, 1], parts_ref[part, 2], parts_ref[part, 3]
         heads = head * c.G + jnp.minimum(jnp.arange(c.rows), c.G - 1)
-        load_row = _load_turned if c.turned else _load_ready
-        q, k_new, v_new = load_row(c, sources, row, head)  # [rows, D], [D], [D]
 
         def place(i):
             t = jnp.minimum(low + i * tile + jnp.arange(tile), jnp.maximum(high - 1, 0))
             return (table_ref[row, t >> log2(c.S)] * c.K + head) * c.S + (t & (c.S - 1))
+
+        load_row = _load_turned if c.turned else _load_ready
+        q, k_new, v_new = load_row(c, sources, row, head)  # [rows, D], [D], [D]
 
         def load(where):
             return stream(k_pages, where), stream(v_pages, where)  # [tile, D] each
@@ -295,19 +290,9 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
         def step(i, carry):
             return attend(i, carry, *load(place(i)))
 
-        def step_ahead(i, carry):
-            ahead = load(place(i + 1))
-            return (*attend(i, carry[:3], *carry[3:]), *ahead)
-
-        def step_knowing(i, carry):
-            tiles = load(carry[3])
-            ahead = place(i + 1)
-            return (*attend(i, carry[:3], *tiles), ahead)
-
         sink = given[0][heads] * LOG2E if c.sinks else None
         k_new = kept(k_new, k_scale, k_out.dtype)
         v_new = kept(v_new, v_scale, v_out.dtype)
-        new = _new_token(c, kind & 1, q, k_new, v_new, sink, k_scale)
 
         @pl.when(kind & 1 == 1)
         def store_new_token():
@@ -315,14 +300,11 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
             k_out[where] = k_new
             v_out[where] = v_new
 
-        turns = pl.cdiv(high - low, tile)
-        if c.tuning.prefetch:
-            carry = lax.fori_loop(0, turns, step_ahead, (*new, *load(place(0))))
-        elif c.tuning.ids_ahead:
-            carry = lax.fori_loop(0, turns, step_knowing, (*new, place(0)))
-        else:
-            carry = lax.fori_loop(0, turns, step, new)
-        acc, top, total = carry[:3]
+        nothing = jnp.full((c.rows,), NOTHING, jnp.float32)
+        start = (jnp.zeros(q.shape, jnp.float32), nothing, jnp.zeros_like(nothing))
+        cached = lax.fori_loop(0, pl.cdiv(high - low, tile), step, start)
+        # The new token joins last: its loads have ended long before, and nothing waits for them.
+        acc, top, total = _new_token(c, kind & 1, q, k_new, v_new, sink, k_scale, cached)
         if v_scale is not None:
             acc = acc * v_scale
 
@@ -335,16 +317,6 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
             acc_ref[part, heads] = acc
             max_ref[part, heads] = top
             sum_ref[part, heads] = total
-
-    if c.chunk:
-
-        @pl.when(part >= c.parts)
-        def _():
-            token = c.base + (part - c.parts) * c.chunk + jnp.arange(c.chunk)
-            token = jnp.minimum(token, dest_ref.shape[0] - 1)  # the tail repeats the last token
-            where, (_, k_ref, v_ref) = _where(c, dest_ref[token], head), sources
-            k_out[where] = kept(k_ref[token, head], k_scale, k_out.dtype)
-            v_out[where] = kept(v_ref[token, head], v_scale, v_out.dtype)
 
 
 def _scales(c: _Static, given, head):
@@ -363,28 +335,32 @@ def _where(c: _Static, dest, head):
     return ((dest >> log2(c.S)) * c.K + head) * c.S + (dest & (c.S - 1))
 
 
-def _new_token(c: _Static, last, q, k, v, sink, k_scale):
-    """Begin the softmax with the row's new key and value, as kept, if this part is the last."""
+def _new_token(c: _Static, last, q, k, v, sink, k_scale, carry):
+    """Add the row's new key and value, as kept, to a softmax, if this part is the row's last."""
+    acc, top, total = carry
     x = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32)[None, :], axis=1)
-    x = cap(x * _unit(c, k_scale), c.softcap)
-    peak = x if sink is None else jnp.maximum(x, sink)
-    top = jnp.where(last == 1, peak, NOTHING)
-    weight = jnp.ones_like(x) if sink is None else jnp.exp2(x - peak)
-    weight = jnp.where(last == 1, weight, 0.0)
-    total = weight if sink is None else weight + jnp.where(last == 1, jnp.exp2(sink - peak), 0.0)
-    acc = jnp.broadcast_to(v.astype(jnp.float32)[None, :], q.shape) * weight[:, None]
-    return acc, top, total
+    x = jnp.where(last == 1, cap(x * _unit(c, k_scale), c.softcap), NOTHING)
+    peak = jnp.maximum(top, x)
+    if sink is not None:
+        peak = jnp.where(last == 1, jnp.maximum(peak, sink), peak)
+    weight, shrink = jnp.where(last == 1, jnp.exp2(x - peak), 0.0), jnp.exp2(top - peak)
+    total = total * shrink + weight
+    if sink is not None:
+        total = total + jnp.where(last == 1, jnp.exp2(sink - peak), 0.0)
+    acc = acc * shrink[:, None] + v.astype(jnp.float32)[None, :] * weight[:, None]
+    return acc, peak, total
 
 
-def _merge_kernel(rows_ref, acc_ref, max_ref, sum_ref, y_in, y_ref, *, merged, columns):
-    """Join the parts of one (row, query head), some columns; rows of one part are done, idle rows
+def _merge_kernel(rows_ref, acc_ref, max_ref, sum_ref, y_in, y_ref, *, merged, columns, heads):
+    """Join the parts of a row's query heads, some columns; rows of one part are done, idle rows
     become zero."""
-    row, head = pl.program_id(0), pl.program_id(1)
+    row, first_head = pl.program_id(0), pl.program_id(1) * heads
     first, count = rows_ref[row, 0], rows_ref[row, 1]
     mine = pl.ds(pl.program_id(2) * columns, columns)
 
-    @pl.when(count != 1)
-    def _():
+    def one_head(i, carry):
+        head = first_head + i
+
         def join(i, carry):
             acc, top, total = carry
             index = i * merged + jnp.arange(merged)
@@ -399,6 +375,11 @@ def _merge_kernel(rows_ref, acc_ref, max_ref, sum_ref, y_in, y_ref, *, merged, c
         start = (jnp.zeros((columns,), jnp.float32), jnp.float32(NOTHING), jnp.float32(0))
         acc, _, total = lax.fori_loop(0, pl.cdiv(count, merged), join, start)
         y_ref[row, head, mine] = (acc / jnp.maximum(total, 1e-30)).astype(y_ref.dtype)
+        return carry
+
+    @pl.when(count != 1)
+    def _():
+        lax.fori_loop(0, heads, one_head, 0)
 
 
 def decode(
@@ -414,19 +395,18 @@ def decode(
     sinks: jax.Array | None = None,
     kv_scales: jax.Array | None = None,
     tuning: DecodeTuning = DECODE,
-    write_chunks: int = 0,
     interpret: bool = False,
 ) -> tuple[jax.Array, KV]:
     """Write the rows' new tokens and attend: q [N, H, D], k, v [N, K, D] -> y [N, H, D], cache.
 
     Only the first R tokens, the rows', are read and written; the rest of y is whatever was there.
-    The cache is updated in place where the caller gives it up. `write_chunks`: also store the other
-    tokens, so many a program. sinks f32[H], kv_scales f32[2, K] as in reference.py.
+    The cache is updated in place where the caller gives it up. sinks f32[H], kv_scales f32[2, K] as
+    in reference.py.
     """
     static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
     return _decode(
         (q, k, v), q.shape, cache, batch, **static, given=(sinks, kv_scales), tuning=tuning,
-        write_chunks=write_chunks, interpret=interpret, turned=None,
+        interpret=interpret, turned=None,
     )  # fmt: skip
 
 
@@ -459,7 +439,7 @@ def decode_packed(
     static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
     return _decode(
         sources, (N, K * (J - 2), D), cache, batch, **static, given=(sinks, kv_scales),
-        tuning=tuning, write_chunks=0, interpret=interpret, turned=turned,
+        tuning=tuning, interpret=interpret, turned=turned,
     )  # fmt: skip
 
 
@@ -474,11 +454,10 @@ def _decode(
     softcap: float,
     given: tuple[jax.Array | None, jax.Array | None],
     tuning: DecodeTuning,
-    write_chunks: int,
     interpret: bool,
     turned: Turned | None,
 ) -> tuple[jax.Array, KV]:
-    (N, H, D), (P, K, S, _), R = shape, cache.k.shape, batch.table.shape[0]
+    (_, H, D), (P, K, S, _), R = shape, cache.k.shape, batch.table.shape[0]
     target = max(1, tuning.parts // K)
     plan = plan_decode(batch, window=window, tile=tuning.tile, target=target)
     W, flat = plan.parts.shape[0], (P * K * S, D)
@@ -486,15 +465,14 @@ def _decode(
     c = _Static(
         G=H // K, K=K, S=S, rows=max(ROWS, 1 << (H // K - 1).bit_length()), scale=scale,
         softcap=softcap, tuning=tuning, sinks=given[0] is not None, scaled=given[1] is not None,
-        chunk=write_chunks, base=R, parts=W, interpret=interpret, turned=turned,
+        interpret=interpret, turned=turned,
     )  # fmt: skip
     there = [x for x in given if x is not None]
     first = 3 + len(sources) + len(there)  # where the pages are among the arguments
-    writers = pl.cdiv(N - R, write_chunks) if write_chunks else 0
     result = jax.ShapeDtypeStruct(shape, sources[0].dtype)
     y, k_flat, v_flat, acc, top, total = _call(
         functools.partial(_kernel, c),
-        (K, W + writers),
+        (K, W),
         (plan.parts, batch.table, batch.dest, *sources, *there,
          cache.k.reshape(flat), cache.v.reshape(flat)),
         (result, jax.ShapeDtypeStruct(flat, cache.k.dtype),
@@ -502,16 +480,25 @@ def _decode(
         aliases={first: 1, first + 1: 2}, warps=tuning.warps, name="paged_decode",
         interpret=interpret,
     )  # fmt: skip
-    spread = tuning.spread and R * H <= FEW
-    merged, columns = (64, 32) if spread else (tuning.merged, D)
+    # Few results: 32 columns a program, many parts at once. Many: several heads a program.
+    merged, columns = (64, 32) if R * H <= FEW else (tuning.merged, D)
+    heads = _heads_together(R, H)
     y = _call(
-        functools.partial(_merge_kernel, merged=merged, columns=columns),
-        (R, H, D // columns),
+        functools.partial(_merge_kernel, merged=merged, columns=columns, heads=heads),
+        (R, H // heads, D // columns),
         (plan.rows, acc, top, total, y),
         result,
         aliases={4: 0}, warps=2, name="merge_decode", interpret=interpret,
     )  # fmt: skip
     return y, KV(k=k_flat.reshape(P, K, S, D), v=v_flat.reshape(P, K, S, D))
+
+
+def _heads_together(R: int, H: int) -> int:
+    """Query heads of one merging program: most rows have nothing to merge, and a start costs."""
+    heads = 1
+    while H % (2 * heads) == 0 and R * H // (2 * heads) >= ENOUGH:
+        heads *= 2
+    return heads
 
 
 def _call(body, grid, arguments, out_shape, *, aliases, warps, name, interpret) -> Any:

@@ -53,8 +53,8 @@ class HopperTuning:
 
     tile: int = 128  # keys
     stages: int = 2  # tiles of keys and of values on their way
-    early: bool = False  # the memory warpgroup knows a tile's places one tile before it copies
-    peeled: bool = False  # the last block ends without a tile that is multiplied for nothing
+    early: bool = True  # the memory warpgroup knows a tile's places one tile before it copies
+    peeled: bool = True  # the last block ends without a tile that is multiplied for nothing
 
 
 HOPPER = HopperTuning()

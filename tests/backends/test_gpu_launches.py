@@ -63,6 +63,7 @@ def backend(packed: int) -> Backend:
         devices=(),
         attend=partial(gpu.attend, capability=capability),
         attend_packed=partial(gpu.attend_packed, choices=choices, capability=capability),
+        add_norm=partial(gpu.add_norm, choices=choices, capability=capability),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
         linear=plain.linear,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from octavo.pallas_kernels.attention import cases, gpu, reference
+from octavo.pallas_kernels.attention import cases, gpu, gpu_decode, reference
 from octavo.pallas_kernels.attention.cases import Case
 from octavo.pallas_kernels.attention.gpu_decode import DecodeTuning, decode, plan_decode
 from octavo.pallas_kernels.attention.gpu_hopper import longest_first, writes_through_references
@@ -85,21 +85,10 @@ def test_many_query_heads_share_one_key_value_head() -> None:
     assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
 
 
-def test_programs_of_the_decode_kernel_can_store_the_chunks_tokens() -> None:
-    attend = functools.partial(gpu.attend, interpret=True, tuning=gpu.Tuning(write_with_rows=True))
-    batch, got, want, pages, wanted = run(CASES["mixed"], "float32", attend)
-    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
-    assert jnp.array_equal(pages.k[1:], wanted.k[1:]) and jnp.array_equal(pages.v[1:], wanted.v[1:])
-
-
-@pytest.mark.parametrize(
-    ("target", "tuned"),
-    [(1, {}), (4, {}), (32, {}), (4, {"prefetch": True}), (4, {"ids_ahead": True}),
-     (32, {"spread": True})],
-)  # fmt: skip
-def test_any_number_of_parts_gives_the_same_rows(target: int, tuned: dict[str, Any]) -> None:
+@pytest.mark.parametrize("target", [1, 4, 32])
+def test_any_number_of_parts_gives_the_same_rows(target: int) -> None:
     def split(*args: Any, **static: Any) -> Any:
-        how = DecodeTuning(tile=16, parts=target * 2, **tuned)
+        how = DecodeTuning(tile=16, parts=target * 2)
         return decode(*args, **static, tuning=how, interpret=True)
 
     batch, got, want, *_ = run(CASES["decode"], "float32", split)
@@ -117,6 +106,20 @@ def test_small_blocks_meet_the_diagonal_and_the_windows_edge(window: int) -> Non
         return y, cache
 
     batch, got, want, *_ = run(case, "float32", small)
+    assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
+
+
+def test_a_merging_program_joins_several_heads_where_there_are_many_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu_decode, "FEW", 0)
+    monkeypatch.setattr(gpu_decode, "ENOUGH", 1)
+
+    def split(*args: Any, **static: Any) -> Any:
+        how = DecodeTuning(tile=16, parts=64)
+        return decode(*args, **static, tuning=how, interpret=True)
+
+    batch, got, want, *_ = run(CASES["decode"], "float32", split)
     assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
 
 

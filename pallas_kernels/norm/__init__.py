@@ -1,0 +1,1 @@
+"""What stands between two projections: an addition and a norm."""
