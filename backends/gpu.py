@@ -49,6 +49,8 @@ def backend(reason: str, choices: Choices = CHOICES) -> Backend:
         autotuning="xla_gpu_per_fusion_autotune_cache_dir",
         small_rows=(8, 64, 256),
         small_steps=4,
+        mesh_steps=4,
+        mesh_rows=64,
         memory_limit=free,
         why_not=partial(why_not, capability=capability),
     )

@@ -27,7 +27,7 @@ class Choices:
     # Decode rows up to which queries and keys are normed and turned inside the decode kernel.
     packed: int = 128
     # Decode rows up to which an addition and the norm behind it are one kernel.
-    normed: int = 64
+    normed: int = 0
     tuning: Tuning = Tuning()
     xla: tuple[tuple[str, Value], ...] = ()  # options of XLA, for every program
 

@@ -107,6 +107,10 @@ class Backend:
     small_model: int = 0
     small_rows: tuple[int, ...] = (1,)
     small_steps: int = 1
+    # Any model over a mesh, whose every step the host hands to each device: so many steps in one
+    # program, in row buckets up to `mesh_rows`. Larger batches keep the devices busy by themselves.
+    mesh_steps: int = 1
+    mesh_rows: int = 0
     whole_steps: bool = False  # a decode step is one program: forward and sampling together
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device

@@ -23,7 +23,7 @@ def select(device: str = "auto", count: int = 1) -> Backend:
     flags = os.environ.get("XLA_FLAGS", "")
     if device in ("auto", "gpu") and "command_buffer" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=+CONDITIONAL".strip()
-    if count > 1:
+    if count > max(1, getattr(jax.config, "jax_num_cpu_devices", -1)):
         with suppress(RuntimeError):  # it has started: what it has is what there is
             jax.config.update("jax_num_cpu_devices", count)
     found = jax.default_backend()

@@ -44,32 +44,21 @@ def _engine(shape: str, *words: str) -> tuple[str, ...]:
     )
 
 
-TRITON = "cublas_from=1000000"
-GOLDEN = ("octavo", "bench", "golden", "{weights}")
 ATTENTION = ("octavo.bench.gpu_attention", "--variants")
+NORMED = "normed=64"
 STEPS = (
-    Step("graphs", 20, ("octavo.bench.gpu_graphs",)),
-    Step("prefill variants", 60, (*ATTENTION, "--only", "prefill")),
-    Step("decode variants", 75, (*ATTENTION, "--only", "decode")),
+    Step("golden", 40, ("octavo", "bench", "golden", "{weights}"), needs="weights"),
+    Step("8B", 85, _engine("{8b}", "--steps")),
+    Step("0.6B", 70, _engine("{0.6b}", "--steps")),
+    Step("8B, norms in one kernel", 60, _engine("{8b}", "single_stream", "chat_mix"), NORMED),
+    Step("0.6B, norms in one kernel", 60, _engine("{0.6b}", "single_stream", "chat_mix"), NORMED),
     Step("products", 60, ("octavo.bench.gpu_matmul",)),
-    Step("golden", 100, GOLDEN, needs="weights"),
-    Step("golden, packed rows", 60, GOLDEN, "packed=1024", "weights"),
-    Step("8B", 140, _engine("{8b}", "--steps", "--budgets", "2048,4096")),
-    Step("0.6B", 80, _engine("{0.6b}", "--steps", "--budgets", "2048,4096")),
-    Step(
-        "0.6B, XLA's products",
-        60,
-        _engine("{0.6b}", "prefill_heavy", "--steps"),
-        "cublas_from=1000000",
-    ),
-    Step("0.6B, packed rows", 60, _engine("{0.6b}", "single_stream", "chat_mix"), "packed=1024"),
-    Step("8B, packed rows", 70, _engine("{8b}", "single_stream"), "packed=1024"),
-    Step(
-        "0.6B, projected rows", 60, _engine("{0.6b}", "single_stream"), "packed=1024,projected=16"
-    ),
-    Step("8B again, from caches", 25, _engine("{8b}", "single_stream")),
-    Step("0.6B again, from caches", 15, _engine("{0.6b}", "single_stream")),
+    Step("graphs", 20, ("octavo.bench.gpu_graphs",)),
     Step("attention, both page sizes", 60, ("octavo.bench.gpu_attention",)),
+    Step("prefill variants", 45, (*ATTENTION, "--only", "prefill")),
+    Step("decode variants", 50, (*ATTENTION, "--only", "decode")),
+    Step("8B again, from caches", 20, _engine("{8b}", "single_stream")),
+    Step("0.6B again, from caches", 10, _engine("{0.6b}", "single_stream")),
 )
 
 

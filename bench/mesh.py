@@ -45,6 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The shape, the mesh, and which workloads."""
     parser.add_argument("workloads", nargs="*", help=f"{' and '.join(WORKLOADS)} by default")
     parser.add_argument("--truth", default="", metavar="MODEL", help="compare this one's tokens")
+    parser.add_argument("--kernels", action="store_true", help="and which kernels take the time")
     parser.add_argument("--part", default="", choices=("one", "mesh"), help=argparse.SUPPRESS)
     parser.usage = "%(prog)s [WORKLOAD ...] --model SHAPE --mesh AXES [flags]"
     add_config_flags(parser, positional_model=False)
@@ -126,7 +127,7 @@ def part(args: argparse.Namespace, names: tuple[str, ...]) -> int:
         if name == "single_stream":
             gpu.drive(core, load)
         seconds[name] = gpu.drive(core, load)
-        collectives[name] = share(core, load)
+        collectives[name] = share(core, load, args.kernels)
     device = import_module("jax").devices()[0].device_kind
     found = {"mesh": args.part, "start": start, "seconds": seconds, "collectives": collectives}
     print(json.dumps({**found, "tokens": tokens, "vocab": vocab, "device": device}), flush=True)
@@ -148,7 +149,7 @@ def truth(model: str, config: Any) -> list[list[int]]:
     return [list(answer.outputs[0].token_ids) for answer in answers]
 
 
-def share(core: Any, load: Any) -> float | None:
+def share(core: Any, load: Any, show: bool) -> float | None:
     """The part of the time in the middle of a workload that the first device spends in
     collectives; None where the profiler sees no kernels."""
     gpu.submit(core, load)
@@ -164,6 +165,8 @@ def share(core: Any, load: Any) -> float | None:
     core.drain()
     if not events:
         return None
+    if show:
+        import_module("octavo.bench.gpu_kernels").print_kernels(events, 25)
     span = max(begin + length for _, begin, length in events) - events[0][1]
     return sum(length for name, _, length in events if COLLECTIVE.search(name)) / span
 

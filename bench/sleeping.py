@@ -4,7 +4,6 @@ import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from octavo.engine.host import Flight, Host, Launch, Limits
 from octavo.engine.masks import Masks
 from octavo.engine.messages import AddRequest
 from octavo.engine.sampling_params import SamplingParams
+from octavo.engine.sequence import Sequence
 from octavo.engine.state import FINISHED, LIVE
 from octavo.engine.step import taken_capacity
 from octavo.engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -45,8 +45,8 @@ class SleepingDevice:
         self.limit = np.zeros(dims.slots, np.int32)
         self.done = 0.0  # when the last dispatched step is
 
-    def begin(self, launch: Launch) -> Any:
-        draft, flight = launch.draft, launch.flight
+    def begin(self, launch: Launch) -> None:
+        draft, flight = launch.parts[0].draft, launch.flight
         self.active[draft.stops] = False
         for src, dst in draft.moves:
             for array in (self.active, self.length, self.limit):
@@ -58,7 +58,7 @@ class SleepingDevice:
             self.active[one.slot] = False
             self.length[one.slot], self.limit[one.slot] = one.length, one.limit
         if not launch.rows:
-            return None
+            return
         live = self.active[: launch.rows].copy()
         size = self.dims.page_size
         pages = [
@@ -81,22 +81,24 @@ class SleepingDevice:
         flags = live * LIVE + finished * FINISHED
         self.done = max(self.done, time.perf_counter()) + self.seconds
         flight.result = [flags.astype(np.int32), length, taken]
-        return flight
 
-    def finish(self, launch: Launch, passed: Flight | None, host: Host) -> None:
-        if passed is None:
+    def finish(self, launch: Launch, lanes: list[Host]) -> None:
+        if not launch.rows:
             return
-        mask = self.masks.build(host, passed) if launch.masked else None
+        mask = self.masks.build(lanes[0], launch.flight) if launch.masked else None
         self.done = max(self.done, time.perf_counter())
-        passed.result += [mask, self.done]
+        launch.flight.result += [mask, self.done]
 
-    def read(self, flight: Flight, *, behind: int) -> Rows | None:
+    def read(self, flight: Flight, *, behind: int) -> list[Rows] | None:
         if flight.result is None:
             return None
         flags, length, taken, mask, done = flight.result
         token = np.full(flight.rows, 100, np.int32) if mask is None else first_allowed(mask)
         time.sleep(max(0.0, done - time.perf_counter()))
-        return Rows(np.stack([flags, token, np.zeros_like(token), length]), taken)
+        return [Rows(np.stack([flags, token, np.zeros_like(token), length]), taken)]
+
+    def take_stuck(self) -> list[tuple[Sequence, str]]:
+        return self.masks.take_stuck()
 
     def rebuild(self) -> None:
         raise NotImplementedError("a step failed, which this bench does not expect")

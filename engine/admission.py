@@ -46,7 +46,7 @@ def admit(
             return
         hit, pages = find_prefix(host, sequence)
         shared = max((len(ids) for _, ids in pages), default=0)
-        if shared > shared_room or not _fits(host, chunks, len(tokens), hit, pages):
+        if shared > shared_room or not fits(host, chunks, len(tokens), hit, pages):
             return
         host.pop()
         room -= uploaded
@@ -111,7 +111,7 @@ def _fork(
     return full * size, pages
 
 
-def _fits(
+def fits(
     host: Host,
     chunks: list[tuple[Sequence, int, int, bool]],
     tokens: int,

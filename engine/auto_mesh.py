@@ -2,7 +2,10 @@
 
 The fewest on which a shard of the weights takes at most half of a device's usable memory, so that
 the cache has as much: every further device would add two totals a layer to each step for it.
-Devices that share one memory gain nothing from a cut, and get none.
+A model so small that a device holds it many times over gets a copy on every device: nothing of a
+copy's step waits for another device, and each brings all of its cache. Between the two the other
+devices are left alone, for whoever sets `data` or starts another server.
+Devices that share one memory gain nothing from either, and get none.
 """
 
 from collections.abc import Mapping
@@ -17,7 +20,8 @@ from octavo.models.registry import build
 from octavo.models.shards import Shards, copies, fits
 
 SHARE = 0.5  # of a device's usable memory, the most that weights should take
-UNSERVED = ("data", "stage")
+MANY = 8  # times that a device holds the weights of a model that is copied
+UNSERVED = ("stage",)
 
 
 def sizes_of(
@@ -41,7 +45,7 @@ def sizes_of(
     if unserved := [axis for axis in UNSERVED if sizes.get(axis, 1) > 1]:
         raise ConfigError(
             f"`mesh={config.mesh}` cuts `{unserved[0]}`, which no engine can do yet; "
-            "use `model` (and `expert` for a model with experts)"
+            "use `model`, `data` (and `expert` for a model with experts)"
         )
     return sizes, _describe(sizes, facts, "")
 
@@ -49,7 +53,10 @@ def sizes_of(
 def _choose(
     facts: ModelConfig, dtype: Any, devices: int, usable: int
 ) -> tuple[Mapping[str, int], str]:
-    """The fewest devices that leave enough room, else the most that the model can be cut for."""
+    """The fewest devices that leave enough room, else the most that the model can be cut for.
+
+    All of them where it is copied.
+    """
     chosen = share = 0.0
     for n in range(1, devices + 1):
         if not fits(facts, n):
@@ -59,6 +66,10 @@ def _choose(
         if share <= SHARE:
             break
     n = int(chosen)
+    if n == 1 and devices > 1 and share * MANY <= 1:
+        return {"data": devices}, (
+            f"auto: a copy on each of {devices} devices; weights take {share:.1%} of its memory"
+        )
     what = "fewest" if share <= SHARE else "most"
     why = (
         f"auto: the {what} of {devices} that the model can be cut for; "
@@ -69,7 +80,7 @@ def _choose(
 
 def _describe(sizes: Mapping[str, int], facts: ModelConfig, why: str) -> str:
     shards = shards_of(sizes)
-    if shards.count == 1:
+    if all(n == 1 for n in sizes.values()):
         return f"one device ({why})" if why else ""
     parts = [", ".join(f"{axis}={n}" for axis, n in sizes.items())]
     if (times := copies(facts, shards)) > 1:

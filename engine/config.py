@@ -68,14 +68,17 @@ class EngineConfig:
     max_model_len: int | str = option(
         "auto", "longest sequence, prompt and output; auto takes the longest that fits"
     )
-    max_num_seqs: int = option(0, "sequences decoded together; 0 takes the backend's default")
+    max_num_seqs: int = option(
+        0, "sequences decoded together, of each data shard; 0 takes the backend's default"
+    )
     max_num_batched_tokens: int = option(
         0, "prompt tokens in one step; 0 takes the backend's default"
     )
     seed: int = option(0, "seed of requests that bring none")
     mesh: str = option(
         "",
-        "devices that one model is cut over, as in model=8; auto takes as few as do",
+        "devices: model cuts the model, data copies it, as in data=2,model=4; "
+        "auto decides by the model's size",
     )
     hosts: int | str = option(
         1, "hosts that run the model together, each with this command; auto asks their launcher"
@@ -86,7 +89,9 @@ class EngineConfig:
         "auto", "which hardware to run on", ("auto", "cpu", "gpu", "tpu", "neuron")
     )
     memory_utilization: float = option(0.9, "share of the device memory to use, in (0, 1]")
-    num_pages: int = option(0, "pages of the key-value cache; 0 takes what memory allows")
+    num_pages: int = option(
+        0, "pages of the key-value cache, of each data shard; 0 takes what memory allows"
+    )
     page_size: int = option(0, "tokens per page, a power of two; 0 takes the backend's default")
     enable_prefix_caching: bool = option(True, "reuse the pages of prompts that begin alike")
     scheduling_policy: str = option(
@@ -231,7 +236,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         return sizes
     for part in filter(None, text.split(",")):
         axis, _, size = (piece.strip() for piece in part.partition("="))
-        hint = "write it as --mesh model=8, --mesh expert=2,model=4 or --mesh auto"
+        hint = "write it as --mesh model=8, --mesh data=2,model=4 or --mesh auto"
         if axis not in MESH_AXES:
             raise ConfigError(f"`mesh` has no axis `{axis}`: {', '.join(MESH_AXES)}", hint)
         if axis in sizes:

@@ -20,6 +20,7 @@ from octavo.engine.grammar.compiler import Compiler
 from octavo.engine.harvest import Harvest, harvest, retire
 from octavo.engine.host import Host, Launch
 from octavo.engine.intake import Intake
+from octavo.engine.lanes import choose, rebalance, together
 from octavo.engine.link import Leader
 from octavo.engine.messages import AddRequest, Finish, Output, Ready, Start, Stats, View
 from octavo.engine.planning import check_workspace
@@ -67,7 +68,7 @@ class EngineCore:
         self.eos_token_ids = parts.eos_token_ids
         self.reader = Reader()
         self.limits = limits_of(config, self.resolved)
-        self.host = Host(self.limits)
+        self.lanes = [Host(self.limits) for _ in range(self.resolved.lanes)]
         self.grammars = Compiler(parts.vocabulary)
         self.grammars.warm()  # while the programs compile, which leaves the interpreter free
         self.intake = Intake(self.resolved, self.eos_token_ids, config.max_num_queued_reqs)
@@ -92,7 +93,7 @@ class EngineCore:
     def add(self, request: AddRequest) -> None:
         """Queue a request. One that cannot be served ends as "error" in the next outputs."""
         try:
-            sequences = self.intake.sequences(request, self.host)
+            sequences = self.intake.sequences(request, self.waiting)
         except ValueError as error:
             count = request.sampling.n
             status = getattr(error, "status", 400)
@@ -101,28 +102,32 @@ class EngineCore:
                 for i in range(count)
             ]
             return
+        lane = choose(self.lanes, sequences[0])
         for sequence in sequences:
-            self.host.live[sequence.handle] = sequence
+            sequence.lane = lane
+            self.lanes[lane].live[sequence.handle] = sequence
         if request.grammar and not self.grammars.submit(sequences):
             for sequence in sequences:
                 sequence.phase = Phase.COMPILING
-            self.host.compiling.update(sequences)
+            self.lanes[lane].compiling.update(sequences)
         else:
             self._enqueue(sequences)
 
     def _enqueue(self, sequences: list[Sequence]) -> None:
         """The first of a request's sequences waits for a slot, the others for its prompt."""
-        self.host.enqueue(sequences[0])
+        host = self.lanes[sequences[0].lane]
+        host.enqueue(sequences[0])
         if len(sequences) > 1:
-            self.host.children[sequences[0].serial] = sequences[1:]
+            host.children[sequences[0].serial] = sequences[1:]
 
     def _take_compiled(self, wait: float = 0.0) -> None:
         """Enqueue those whose grammars are built by now."""
-        if not self.host.compiling:
+        if not any(host.compiling for host in self.lanes):
             return
         for done in self.grammars.take(wait):
             alive = [s for s in done.sequences if s.phase is Phase.COMPILING]
-            self.host.compiling.difference_update(alive)
+            for host in self.lanes:
+                host.compiling.difference_update(alive)
             if done.problem:
                 for sequence in alive:
                     self._fail(sequence, done.problem)
@@ -137,12 +142,12 @@ class EngineCore:
     def abort(self, handles: Iterable[int]) -> None:
         """Forget sequences and say no more of them; unknown and finished ones are no error."""
         for handle in handles:
-            sequence = self.host.live.get(handle)
-            if sequence is not None:
-                self._remove(sequence)
+            for host in self.lanes:
+                if handle in host.live:
+                    self._remove(host.live[handle])
 
     def _remove(self, sequence: Sequence) -> None:
-        host = self.host
+        host = self.lanes[sequence.lane]
         del host.live[sequence.handle]
         if sequence.phase is Phase.RUNNING:
             stop(host, sequence, Phase.STOPPING)
@@ -166,8 +171,8 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether a turn would do anything."""
-        host = self.host
-        return bool(host.live or host.flights or host.stopping or self._refused)
+        busy = any(host.live or host.flights or host.stopping for host in self.lanes)
+        return bool(busy or self._refused)
 
     # --- the loop
 
@@ -179,13 +184,13 @@ class EngineCore:
             self._check_deadlines(began)
             self._take_compiled()
             launch = self._dispatch(outputs)
-            host = self.host
+            host = self.host  # the lanes' flights come and go together
             while host.flights and (host.in_flight >= self.limits.depth or launch is None):
                 outputs += self._harvest_program()
                 if launch is None:
                     break
         except Exception as error:  # the donated state is gone, whatever it was
-            self.recovery.step_failed(self.host, error)
+            self.recovery.step_failed(self.lanes, error)
             self.device.rebuild()
         if self._refused or self._starts:
             outputs.append(self._output(Harvest()))
@@ -194,25 +199,27 @@ class EngineCore:
         return outputs
 
     def _dispatch(self, outputs: list[Output]) -> Launch | None:
-        launch = schedule(self.host)
-        extend(self.host, launch)
+        rebalance(self.lanes)
+        launch = schedule(self.lanes)
+        extend(self.lanes, launch)
         if launch is None:
-            host = self.host
-            if not host.flights and host.compiling:
+            if not self.host.flights and any(host.compiling for host in self.lanes):
                 self._take_compiled(COMPILING_WAIT)
-            elif not host.flights:
-                assert not host.live, "nothing runs and nothing can start"
+            elif not self.host.flights:
+                live = any(host.live for host in self.lanes)
+                assert not live, "nothing runs and nothing can start"
             return None
         self._note_starts(launch)
         self.device.begin(launch)
         if launch.masked:  # every token so far must be known, while the forward pass runs
             while self.host.flights:
                 outputs += self._harvest_program(busy=bool(launch.rows))
-        self.device.finish(launch, self.host)
-        self.host.flights.append(launch.flight)
-        self.host.flights.extend(launch.followers)
-        for sequence, why in self.device.masks.take_stuck():
-            if self.host.live.get(sequence.handle) is sequence:
+        self.device.finish(launch, self.lanes)
+        for host, part in zip(self.lanes, launch.parts, strict=True):
+            host.flights.append(part.flight)
+            host.flights.extend(part.followers)
+        for sequence, why in self.device.take_stuck():
+            if self.lanes[sequence.lane].live.get(sequence.handle) is sequence:
                 self._fail(sequence, f"`structured_outputs` leaves no token to choose: {why}")
         return launch
 
@@ -224,30 +231,35 @@ class EngineCore:
         return outputs
 
     def _harvest(self, busy: bool = False) -> Harvest:
-        flight = self.host.flights[0]
-        rows = self.device.read(flight, behind=self.host.in_flight - 1 + busy)
-        self.host.flights.popleft()
-        out = harvest(self.host, flight, rows)
+        flights = [host.flights[0] for host in self.lanes]
+        rows = self.device.read(flights[0], behind=self.host.in_flight - 1 + busy)
+        outs = []
+        for lane, (host, flight) in enumerate(zip(self.lanes, flights, strict=True)):
+            host.flights.popleft()
+            outs.append(harvest(host, flight, None if rows is None else rows[lane]))
+        out = together(outs)
         if rows is not None:
-            prompt = sum(count for _, _, count, _ in flight.chunks)
+            prompt = sum(count for flight in flights for _, _, count, _ in flight.chunks)
             self.host.counters.count_iteration(prompt + len(out.tokens))
         return out
 
     def _note_starts(self, launch: Launch) -> None:
         now = time.monotonic()
-        for admission in launch.draft.admissions:
-            sequence = self.host.occupant[admission.slot]
-            if sequence is not None and not sequence.started:
-                sequence.started = True
-                queued = max(0.0, now - sequence.request.arrival)
-                self._starts.append(Start(sequence.handle, admission.length, queued))
+        for host, part in zip(self.lanes, launch.parts, strict=True):
+            for admission in part.draft.admissions:
+                sequence = host.occupant[admission.slot]
+                if sequence is not None and not sequence.started:
+                    sequence.started = True
+                    queued = max(0.0, now - sequence.request.arrival)
+                    self._starts.append(Start(sequence.handle, admission.length, queued))
 
     def _check_deadlines(self, now: float) -> None:
         if now - self._looked < DEADLINES_EVERY:
             return
         self._looked = now
         clock = time.monotonic()
-        late = [s for s in self.host.live.values() if s.deadline and clock > s.deadline]
+        live = [s for host in self.lanes for s in host.live.values()]
+        late = [s for s in live if s.deadline and clock > s.deadline]
         for sequence in late:
             seconds = sequence.request.timeout
             self._fail(sequence, f"the request ran into its own time limit of {seconds:g} s", 408)
@@ -271,32 +283,44 @@ class EngineCore:
 
     # --- facts
 
+    @property
+    def host(self) -> Host:
+        """The first lane: the only one, but over a mesh with several data shards."""
+        return self.lanes[0]
+
+    @property
+    def waiting(self) -> int:
+        """Sequences in no slot."""
+        return sum(host.waiting for host in self.lanes)
+
     def stats(self) -> Stats:
-        """Where the engine stands."""
-        host, counters = self.host, self.host.counters
+        """Where the engine stands: the sums over its lanes, which step together."""
+        lanes, steps = self.lanes, self.host.counters
+        totals = [host.counters for host in lanes]
+        groups = list(zip(*(host.pools for host in lanes), strict=True))
         return Stats(
-            running=host.running,
-            waiting=host.waiting,
-            slots=self.limits.dims.slots,
-            pages=[pool.group.pages - 1 for pool in host.pools],
-            pages_free=[pool.free + len(pool.returns) for pool in host.pools],
-            pages_cached=[pool.index.idle for pool in host.pools],
-            preemptions=counters.preemptions,
-            prompt_tokens=counters.prompt_tokens,
-            generation_tokens=counters.generation_tokens,
-            prefix_queries=counters.prefix_queries,
-            prefix_hits=counters.prefix_hits,
-            steps=counters.steps,
+            running=sum(host.running for host in lanes),
+            waiting=self.waiting,
+            slots=self.limits.dims.slots * len(lanes),
+            pages=[sum(pool.group.pages - 1 for pool in pools) for pools in groups],
+            pages_free=[sum(pool.free + len(pool.returns) for pool in pools) for pools in groups],
+            pages_cached=[sum(pool.index.idle for pool in pools) for pools in groups],
+            preemptions=sum(each.preemptions for each in totals),
+            prompt_tokens=sum(each.prompt_tokens for each in totals),
+            generation_tokens=sum(each.generation_tokens for each in totals),
+            prefix_queries=sum(each.prefix_queries for each in totals),
+            prefix_hits=sum(each.prefix_hits for each in totals),
+            steps=steps.steps,
             stalls=self.reader.counts.stalls,
             compiles_after_ready=self.device.compiles_after_ready,
             host_seconds=self._host_seconds,
-            in_flight=len(host.flights),
+            in_flight=len(self.host.flights),
             restarts=self.recovery.restarts,
-            evictions=sum(pool.evictions for pool in host.pools),
-            page_waits=counters.waits,
-            deferred=host.deferred,
-            iterations=counters.iterations,
-            iteration_tokens=counters.iteration_tokens,
+            evictions=sum(pool.evictions for pools in groups for pool in pools),
+            page_waits=sum(each.waits for each in totals),
+            deferred=sum(host.deferred for host in lanes),
+            iterations=steps.iterations,
+            iteration_tokens=steps.iteration_tokens,
             resident_bytes=resident_bytes(),
             hosts=int(self.config.hosts),
             orders=self.leader.orders if self.leader is not None else 0,
@@ -305,11 +329,11 @@ class EngineCore:
 
     def view(self) -> View:
         """Who has which page and slot, from the host's mirrors alone."""
-        return take_view(self.host, self.stats(), time.monotonic())
+        return take_view(self.lanes, self.stats(), time.monotonic())
 
     def unwatch(self) -> None:
         """Nobody looks at views any more."""
-        forget_hits(self.host)
+        forget_hits(self.lanes)
 
     def ready(self) -> Ready:
         """What a client must know of this engine."""
@@ -319,7 +343,7 @@ class EngineCore:
             max_model_len=resolved.max_model_len,
             vocab_size=resolved.dims.vocab,
             eos_token_ids=self.eos_token_ids,
-            max_num_seqs=resolved.dims.slots,
+            max_num_seqs=resolved.dims.slots * len(self.lanes),
             max_num_batched_tokens=resolved.token_buckets[-1],
             summary=self.summary(),
             startup_seconds=self.startup_seconds,
@@ -330,12 +354,13 @@ class EngineCore:
     def summary(self) -> list[str]:
         """The start-up lines."""
         r, memory = self.resolved, self.memory
+        parts = f", in each of {len(self.lanes)} data shards" if len(self.lanes) > 1 else ""
         return [
             f"backend  {self.backend.reason}",
             *([f"mesh     {r.mesh_line}"] if r.mesh_line else []),
             f"model    {r.model.config.family}, {r.dtype.name}, context {r.max_model_len:,}",
             f"cache    {memory.tokens:,} tokens in pages of {memory.page_size}; "
-            f"{r.dims.slots} slots",
+            f"{r.dims.slots} slots{parts}",
             f"steps    rows {list(r.row_buckets)}, prompt tokens {list(r.token_buckets)}, "
             f"{self.config.steps_in_flight} in flight",
             f"ready    in {self.startup_seconds:.1f} s (weights {self.load_seconds:.1f} s, "
@@ -351,11 +376,12 @@ class EngineCore:
 
     def close(self) -> None:
         """Free the device memory. The engine cannot be used after."""
-        for sequence in list(self.host.live.values()):
-            if sequence.slot >= 0 and sequence.phase is Phase.RUNNING:
-                retire(self.host, sequence)
-        self.host.live.clear()
-        self.host.compiling.clear()
-        self.host.flights.clear()
+        for host in self.lanes:
+            for sequence in list(host.live.values()):
+                if sequence.slot >= 0 and sequence.phase is Phase.RUNNING:
+                    retire(host, sequence)
+            host.live.clear()
+            host.compiling.clear()
+            host.flights.clear()
         self.grammars.close()
         self.device.close()

@@ -1,5 +1,8 @@
 """What the host knows of the engine: mirrors of the slots, the queue, the pools, the flights.
 
+A mesh with several data shards has a Host for each: a lane, with slots and pages of its own. Lanes
+step together: every lane has a flight for every step that was dispatched, in the same order.
+
 The mirrors come in two ages: `sent` lengths are those after every dispatched step, `known` ones
 those of the last harvested step. Host code: no jax, no clock.
 """
@@ -49,7 +52,8 @@ class Flight:
     stops: list[Sequence]
     windows: list[tuple[int, Sequence, int]]  # group, sequence, first
     tokens: int = 0  # T
-    result: Any = None  # device arrays; see octavo.engine.reader
+    # Device arrays of all lanes, at the first one's flight; see octavo.engine.reader.
+    result: Any = None
     rich: Any = None
     scores: Any = None
     # Steps of one program are flights of their own, which share the result of the first.
@@ -59,19 +63,41 @@ class Flight:
 
 
 @dataclass(eq=False, slots=True)
-class Launch:
-    """What `schedule` decided: a step to dispatch."""
+class Part:
+    """One lane's share of a step."""
 
     draft: Draft
     flight: Flight
+    followers: list[Flight] = field(default_factory=list)  # more decode steps in the same program
+
+
+@dataclass(eq=False, slots=True)
+class Launch:
+    """What `schedule` decided: a step to dispatch, one program for all lanes."""
+
+    parts: list[Part]  # by lane
     rows: int
     tokens: int  # T bucket; 0 is a pure decode
-    rich: bool  # log probabilities beside the tokens
-    masked: bool  # the mask needs every token before this step
-    scored: bool  # prompt log probabilities
-    context: int = 0  # pages per slot that the program looks at; 0 is all
+    rich: bool = False  # log probabilities beside the tokens
+    masked: bool = False  # the mask needs every token before this step
+    scored: bool = False  # prompt log probabilities
     greedy: bool = False  # every row takes the likeliest token: the shortest program
-    followers: list[Flight] = field(default_factory=list)  # more decode steps in the same program
+    context: int = 0  # pages per slot that the program looks at; 0 is all
+
+    @property
+    def edits(self) -> bool:
+        """Whether the state must be edited before the forward pass."""
+        return any(part.draft.edits() for part in self.parts)
+
+    @property
+    def flight(self) -> Flight:
+        """The first lane's, which has the results of all."""
+        return self.parts[0].flight
+
+    @property
+    def several(self) -> bool:
+        """Whether the program holds more than this one step."""
+        return bool(self.parts[0].followers)
 
 
 @dataclass
@@ -95,7 +121,7 @@ class Counters:
 
 
 class Host:
-    """The mutable host state."""
+    """The mutable host state of one lane."""
 
     def __init__(self, limits: Limits) -> None:
         dims = limits.dims
@@ -126,7 +152,6 @@ class Host:
         self.children: dict[int, list[Sequence]] = {}  # by the parent's serial, held back
         self.flights: deque[Flight] = deque()
         self.counters = Counters()
-        self.serials = 0
         self.ran_prompts = False  # the last step ran prompts
 
     @property

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from octavo.engine.host import Host
 from octavo.engine.memory import Resolved
 from octavo.engine.messages import AddRequest
 from octavo.engine.sampling_params import SamplingParams
@@ -25,9 +24,10 @@ class Intake:
         self.resolved = resolved
         self.eos_token_ids = eos_token_ids
         self.max_queued = max_queued
+        self.serials = 0  # sequences so far, those of all lanes
 
-    def sequences(self, request: AddRequest, host: Host) -> list[Sequence]:
-        """The request's `n` sequences. Raises Refused in one sentence."""
+    def sequences(self, request: AddRequest, waiting: int) -> list[Sequence]:
+        """The request's `n` sequences, behind so many others. Raises Refused in one sentence."""
         sampling, longest = request.sampling, self.resolved.max_model_len
         tokens = np.frombuffer(request.prompt, np.int32)
         if not len(tokens):
@@ -41,9 +41,9 @@ class Intake:
         if tokens.min() < 0 or tokens.max() >= vocab:
             bad = int(tokens.min() if tokens.min() < 0 else tokens.max())
             raise Refused(f"token id {bad} is outside the vocabulary of {vocab:,}")
-        if host.waiting + sampling.n > self.max_queued:
+        if waiting + sampling.n > self.max_queued:
             raise Refused(
-                f"{host.waiting:,} requests wait already (max_num_queued_reqs is "
+                f"{waiting:,} requests wait already (max_num_queued_reqs is "
                 f"{self.max_queued:,}); try again later",
                 status=503,
             )
@@ -52,25 +52,23 @@ class Intake:
         limit = longest
         if sampling.max_tokens is not None:
             limit = min(longest, len(tokens) + sampling.max_tokens)
-        return self._make(request, host, tokens, limit)
+        return self._make(request, tokens, limit)
 
-    def _make(
-        self, request: AddRequest, host: Host, tokens: np.ndarray, limit: int
-    ) -> list[Sequence]:
+    def _make(self, request: AddRequest, tokens: np.ndarray, limit: int) -> list[Sequence]:
         sampling = request.sampling
         stops = list(dict.fromkeys(sampling.stop_token_ids))
         if not sampling.ignore_eos:
             stops = list(dict.fromkeys([*self.eos_token_ids, *stops]))
-        seed = self._seed(sampling, host)
+        seed = self._seed(sampling)
         out: list[Sequence] = []
         for choice in range(sampling.n):
-            host.serials += 1
+            self.serials += 1
             out.append(
                 Sequence(
                     handle=request.handle + choice,
                     request=request,
                     choice=choice,
-                    serial=host.serials,
+                    serial=self.serials,
                     tokens=tokens,
                     prompt_len=len(tokens),
                     limit=limit,
@@ -95,11 +93,11 @@ class Intake:
                 "answers: leave it out"
             )
 
-    def _seed(self, sampling: SamplingParams, host: Host) -> int:
+    def _seed(self, sampling: SamplingParams) -> int:
         """A request without a seed gets one of its own, from the engine's and its place in line."""
         if sampling.seed is not None:
             return sampling.seed
-        mixed = (self.resolved.config.seed << 32) ^ (host.serials + 1) * 0x9E3779B97F4A7C15
+        mixed = (self.resolved.config.seed << 32) ^ (self.serials + 1) * 0x9E3779B97F4A7C15
         return mixed & (2**64 - 1)
 
     def _check_ids(self, request: AddRequest, vocab: int) -> None:

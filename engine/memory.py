@@ -94,6 +94,11 @@ class Resolved:
     chunks: int = CHUNKS  # prompt chunks in one step
     context_buckets: tuple[int, ...] = ()  # pages that a program looks at
 
+    @property
+    def lanes(self) -> int:
+        """Data shards: copies of the model, each with slots and pages of its own."""
+        return 1 if self.mesh is None else int(self.mesh.shape["data"])
+
 
 def size(count: float) -> str:
     """Bytes for people."""
@@ -138,7 +143,7 @@ def resolve(
     _check_num_pages(config, dims)
     place = backend.name if mesh is None else f"each of {mesh.size} of {backend.name}"
     memory = _plan(place, limit, usable, built, dims, dtype, page_bytes)
-    rows, steps = _rows(backend, seqs, weights)
+    rows, several, steps = _rows(backend, seqs, weights, isinstance(mesh, Mesh))
     return Resolved(
         config=config,
         model=built,
@@ -152,7 +157,7 @@ def resolve(
         mesh=mesh,
         mesh_line=mesh_line,
         steps=steps,
-        several_rows=rows if steps > 1 else (),
+        several_rows=several if steps > 1 else (),
         mixed=backend.mixed,
         chunks=backend.most_chunks or CHUNKS,
         context_buckets=backend.context_buckets(dims.pages_per_slot),
@@ -190,11 +195,17 @@ def _form(backend: Backend) -> dict[str, Any]:
     return {"stacked": backend.stacked, "columns": backend.columns}
 
 
-def _rows(backend: Backend, seqs: int, weights: int) -> tuple[tuple[int, ...], int]:
-    """The row buckets, and the decode steps in a program."""
-    if weights >= backend.small_model:
-        return backend.row_buckets(seqs), 1
-    return (*(rows for rows in backend.small_rows if rows < seqs), seqs), backend.small_steps
+def _rows(
+    backend: Backend, seqs: int, weights: int, meshed: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """The row buckets, those that have programs of several decode steps, and how many these are."""
+    if weights < backend.small_model:
+        rows = (*(rows for rows in backend.small_rows if rows < seqs), seqs)
+        return rows, rows, backend.small_steps
+    rows = backend.row_buckets(seqs)
+    if not meshed:
+        return rows, (), 1
+    return rows, tuple(n for n in rows if n <= backend.mesh_rows), backend.mesh_steps
 
 
 def _budget(config: EngineConfig, backend: Backend, longest: int, seqs: int) -> int:

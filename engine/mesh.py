@@ -47,10 +47,15 @@ def make_mesh(
     count = int(np.prod(shape))
     if count == 1:
         return None
+    wanted = ",".join(f"{axis}={n}" for axis, n in sizes.items())
+    if cores and sizes.get("data", 1) > 1:
+        raise ConfigError(
+            f"`mesh={wanted}` copies the model, and graphs for these cores only cut it",
+            "use --mesh model=N, and a server for each copy of the model",
+        )
     if count <= cores:
         return AbstractMesh(tuple(shape), AXES)
     if count > len(devices):
-        wanted = ",".join(f"{axis}={n}" for axis, n in sizes.items())
         raise ConfigError(
             f"`mesh={wanted}` needs {count} devices, and {len(devices)} are here",
             f"a mesh of at most {len(devices)}",

@@ -28,15 +28,16 @@ class Recovery:
         self.restarts = 0
         self._idle_failure = False
 
-    def step_failed(self, host: Host, error: Exception) -> None:
+    def step_failed(self, lanes: list[Host], error: Exception) -> None:
         """Requeue everybody. Raises EngineFailure where nothing came between two failures."""
         if not self.alone:  # who knows how far the others came
             raise EngineFailure(
                 f"a step failed, which ends an engine of several hosts: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        inside = [s for s in host.occupant if s is not None]
-        stuck = any(s.failed_at >= host.known[s.slot] for s in inside)
+        known = {s: int(host.known[s.slot]) for host in lanes for s in host.occupant if s}
+        inside = list(known)
+        stuck = any(s.failed_at >= known[s] for s in inside)
         if stuck or (not inside and self._idle_failure):
             raise EngineFailure(
                 f"a step failed again after a restart, with {type(error).__name__}: {error}"
@@ -47,8 +48,9 @@ class Recovery:
             "a step failed (%s: %s); its requests start again", type(error).__name__, error
         )
         for sequence in inside:
-            sequence.failed_at = int(host.known[sequence.slot])
-        requeue(host)
+            sequence.failed_at = known[sequence]
+        for host in lanes:
+            requeue(host)
 
 
 def requeue(host: Host) -> None:

@@ -2,15 +2,17 @@
 
     stops -> returned pages -> continue prompts -> admit -> make room -> pick the buckets
 
-Strict order: nobody overtakes a prompt that waits for a slot or for pages. `schedule` changes the
-host mirrors and returns a Launch, or None when nothing can be dispatched now. Host code: no jax, no
-clock.
+Strict order within a lane: nobody overtakes a prompt that waits for a slot or for pages. `schedule`
+changes the mirrors of all lanes and returns a Launch, or None when nothing can be dispatched now.
+Host code: no jax, no clock.
 """
+
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from octavo.engine.admission import admit
-from octavo.engine.host import Flight, Host, Launch
+from octavo.engine.host import Flight, Host, Launch, Part
 from octavo.engine.plan import MOVES, Chunk, Draft
 from octavo.engine.sequence import Phase, Sequence
 
@@ -20,31 +22,55 @@ LAZY_RETURNS = 256
 TRIM_FROM, TRIM_FILL = 512, 0.85
 
 
-def schedule(host: Host) -> Launch | None:
-    """Decide the next step, or None: nothing to do, or the pages must come back first."""
-    draft = Draft(returned=[[] for _ in host.pools])
-    chunks: list[tuple[Sequence, int, int, bool]] = []
-    turn = host.limits.apart and host.ran_prompts and bool(host.decoding.any())
+@dataclass(eq=False, slots=True)
+class _Share:
+    """What one lane wants of a step."""
+
+    host: Host
+    draft: Draft
+    chunks: list[tuple[Sequence, int, int, bool]]
+    stuck: bool = False  # the pages are not surely there before a harvest
+    windows: list[tuple[int, Sequence, int]] = field(default_factory=list)
+
+
+def schedule(lanes: list[Host]) -> Launch | None:
+    """Decide the next step, or None: nothing to do, or the pages must come back first.
+
+    All lanes run the same program, and what decodes on the device decodes in every pass: so one
+    lane that must wait for pages makes the others wait with it.
+    """
+    limits = lanes[0].limits
+    turn = limits.apart and lanes[0].ran_prompts and any(host.decoding.any() for host in lanes)
+    shares = [_share(host, turn) for host in lanes]
+    if any(share.stuck for share in shares):
+        return _wait(shares)
+    if not any(share.chunks or share.host.decoding.any() for share in shares):
+        return _edit_only(shares) if any(host.stopping for host in lanes) else None
+    return _launch(shares)
+
+
+def _share(host: Host, turn: bool) -> _Share:
+    """Continue prompts, admit, make room. turn: it is the turn of those who decode."""
+    share = _Share(host, Draft(returned=[[] for _ in host.pools]), [])
     if not turn:
         budget = host.limits.token_buckets[-1]
-        budget -= _continue_prompts(host, chunks, budget)
-        admit(host, draft, chunks, budget)
-        _trim(host, chunks)
-    if not make_room(host, chunks):
-        windows = _windows(host, draft, least=1)
-        if draft.edits() or host.stopping or any(pool.returns for pool in host.pools):
-            # victims' stops and pages on their way travel alone
-            return _edit_only(host, draft, windows)
-        host.counters.waits += 1
-        return None
-    if not chunks and not host.decoding.any():
-        return _edit_only(host, draft) if host.stopping else None
-    if host.limits.apart and chunks:
-        decoding = np.zeros_like(host.decoding)
-    else:
-        decoding = host.decoding.copy()
-        _compact(host, draft, decoding)  # last: from here on the draft is surely sent
-    return _launch(host, draft, chunks, decoding)
+        budget -= _continue_prompts(host, share.chunks, budget)
+        admit(host, share.draft, share.chunks, budget)
+        _trim(host, share.chunks)
+    share.stuck = not make_room(host, share.chunks)
+    return share
+
+
+def _wait(shares: list[_Share]) -> Launch | None:
+    """Nobody runs: victims' stops and pages on their way travel alone, and admissions with them."""
+    stuck = [share for share in shares if share.stuck]
+    for share in stuck:
+        share.windows = _windows(share.host, share.draft, least=1)
+    due = any(share.draft.edits() or share.host.stopping for share in shares)
+    if due or any(pool.returns for share in stuck for pool in share.host.pools):
+        return _edit_only(shares)
+    stuck[0].host.counters.waits += 1
+    return None
 
 
 def needs(host: Host, chunks: list[tuple[Sequence, int, int, bool]], decoding: np.ndarray) -> int:
@@ -153,8 +179,10 @@ def _victim(host: Host) -> Sequence | None:
 
 def _compact(host: Host, draft: Draft, decoding: np.ndarray) -> None:
     """Move the highest rows down where that makes the bucket smaller."""
+    if not host.free_slots:
+        return
     busy = np.flatnonzero(host.serial >= 0)
-    if not len(busy) or not host.free_slots:
+    if not len(busy):
         return
     buckets = host.limits.row_buckets
     top = int(busy[-1]) + 1
@@ -223,47 +251,90 @@ def _windows(host: Host, draft: Draft, least: int) -> list[tuple[int, Sequence, 
     return moved
 
 
-def _edit_only(
-    host: Host, draft: Draft, windows: list[tuple[int, Sequence, int]] | None = None
-) -> Launch:
+def _edit_only(shares: list[_Share]) -> Launch:
     """A step that runs nothing: it only carries edits."""
-    stops = _edits(host, draft, force=True)
-    flight = Flight(
-        rows=0,
-        serials=np.zeros(0, np.int64),
-        sequences=[],
-        decoding=np.zeros(0, np.bool_),
-        chunks=[],
-        takes=[0] * len(host.pools),
-        stops=stops,
-        windows=windows or [],
-    )
-    return Launch(draft, flight, 0, 0, rich=False, masked=False, scored=False)
+    parts = []
+    for share in shares:
+        flight = Flight(
+            rows=0,
+            serials=np.zeros(0, np.int64),
+            sequences=[],
+            decoding=np.zeros(0, np.bool_),
+            chunks=[],
+            takes=[0] * len(share.host.pools),
+            stops=_edits(share.host, share.draft, force=True),
+            windows=share.windows,
+        )
+        parts.append(Part(share.draft, flight))
+    return Launch(parts, 0, 0)
 
 
-def _launch(
-    host: Host,
-    draft: Draft,
-    chunks: list[tuple[Sequence, int, int, bool]],
-    decoding: np.ndarray,
-) -> Launch:
-    """Pick the buckets, fill the plan, and advance the mirrors to after this step."""
-    limits = host.limits
+def _launch(shares: list[_Share]) -> Launch:
+    """Pick the buckets, fill the plans, and advance the mirrors to after this step."""
+    limits = shares[0].host.limits
+    sums = [sum(count for _, _, count, _ in share.chunks) for share in shares]
+    tokens = bucket(limits.token_buckets, max(sums)) if any(sums) else 0
+    every = [_decoding(share, tokens) for share in shares]
+    touched = max(map(_touched, shares, every))
+    rows = bucket(limits.row_buckets if not tokens else limits.row_buckets[-1:], touched)
+    launch = Launch([], rows, tokens, greedy=True)
+    contexts = []
+    for share, decoding in zip(shares, every, strict=True):
+        host, chunks = share.host, share.chunks
+        _ask(launch, share, decoding)
+        contexts.append(_context(host, chunks, decoding))
+        launch.parts.append(_part(share, decoding, rows, tokens))
+        advance(host, chunks, decoding)
+        host.counters.steps += 1
+        host.ran_prompts = bool(tokens)
+    launch.context = max(contexts) if all(contexts) else 0
+    return launch
+
+
+def _decoding(share: _Share, tokens: int) -> np.ndarray:
+    """bool[B] the rows that decode in this step, after they were moved together."""
+    host = share.host
+    if host.limits.apart and tokens:
+        return np.zeros_like(host.decoding)
+    decoding = host.decoding.copy()
+    _compact(host, share.draft, decoding)  # from here on the draft is surely sent
+    return decoding
+
+
+def _touched(share: _Share, decoding: np.ndarray) -> int:
+    """Rows up to the last that this step runs."""
+    (rows,) = decoding.nonzero()
+    last = int(rows[-1]) if len(rows) else 0
+    return 1 + max(last, *(sequence.slot for sequence, *_ in share.chunks), 0)
+
+
+def _ask(launch: Launch, share: _Share, decoding: np.ndarray) -> None:
+    """Note in the launch what this lane needs of its programs."""
+    host, rows = share.host, launch.rows
+    finals = [s for s, _, _, final in share.chunks if final]
+    special = bool((host.special[:rows] & decoding[:rows]).any())
+    asking = [s for s in host.occupant[:rows] if s is not None] if special else []
+    asking += finals
+    launch.rich |= any(s.wants_logprobs for s in asking)
+    launch.masked |= any(s.masked for s in asking)
+    launch.scored |= any(s.wants_prompt_logprobs for s, _, _, _ in share.chunks)
+    launch.greedy &= not bool((host.choosy[:rows] & decoding[:rows]).any())
+    launch.greedy &= not any(s.choosy for s in finals)
+
+
+def _part(share: _Share, decoding: np.ndarray, rows: int, tokens: int) -> Part:
+    """Fill one lane's plan and flight, and subtract the pages that it takes."""
+    host, draft, chunks = share.host, share.draft, share.chunks
     windows = _windows(host, draft, least=1 if _tight(host) or draft.edits() else 4)
     take = needs(host, chunks, decoding)
     stops = _edits(host, draft, force=any(take > pool.bound for pool in host.pools))
-    tokens = sum(count for _, _, count, _ in chunks)
-    token_bucket = bucket(limits.token_buckets, tokens) if tokens else 0
-    touched = int(np.flatnonzero(decoding)[-1]) + 1 if decoding.any() else 1
     for sequence, start, count, final in chunks:
-        touched = max(touched, sequence.slot + 1)
         draft.chunks.append(Chunk(sequence.slot, start, count, final))
-    rows = bucket(limits.row_buckets if not tokens else limits.row_buckets[-1:], touched)
-    special = bool((host.special[:rows] & decoding[:rows]).any())
-    finals = [s for s, _, _, final in chunks if final]
+    for pool in host.pools:
+        pool.bound -= take
     flight = Flight(
         rows=rows,
-        tokens=token_bucket,
+        tokens=tokens,
         serials=host.serial[:rows].copy(),
         sequences=host.occupant[:rows],
         decoding=decoding[:rows],
@@ -272,26 +343,7 @@ def _launch(
         stops=stops,
         windows=windows,
     )
-    asking = [s for s in flight.sequences if s is not None] if special else []
-    asking += finals
-    launch = Launch(
-        draft,
-        flight,
-        rows,
-        token_bucket,
-        rich=any(s.wants_logprobs for s in asking),
-        masked=any(s.masked for s in asking),
-        scored=any(s.wants_prompt_logprobs for s, _, _, _ in chunks),
-        context=_context(host, chunks, decoding),
-        greedy=not bool((host.choosy[:rows] & decoding[:rows]).any())
-        and not any(s.choosy for s in finals),
-    )
-    for pool in host.pools:
-        pool.bound -= take
-    advance(host, chunks, decoding)
-    host.counters.steps += 1
-    host.ran_prompts = bool(chunks)
-    return launch
+    return Part(draft, flight)
 
 
 def _context(

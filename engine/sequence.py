@@ -39,6 +39,7 @@ class Sequence:
     kv_dtype: str = ""
     parent: "Sequence | None" = None  # choice 0 of the same request, until its prompt has run
     phase: Phase = Phase.WAITING
+    lane: int = 0  # its data shard, for good
     slot: int = -1
     started: bool = False  # its Start was sent
     thought_over: bool = False  # the mark behind its thoughts was written

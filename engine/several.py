@@ -8,34 +8,39 @@ to the device, which leaves it idle. Host code: no jax, no clock.
 
 import numpy as np
 
-from octavo.engine.host import Flight, Host, Launch
+from octavo.engine.host import Flight, Host, Launch, Limits
 from octavo.engine.scheduler import advance, needs
 
 
-def extend(host: Host, launch: Launch | None) -> None:
+def extend(lanes: list[Host], launch: Launch | None) -> None:
     """Add the steps that follow `launch` to it, where nothing could happen between them."""
-    steps = host.limits.steps
-    if launch is None or not _may(host, launch):
+    steps = lanes[0].limits.steps
+    if launch is None or not _may(lanes[0].limits, launch):
+        return
+    if any(_somebody_waits(host) for host in lanes):
         return
     # Nobody would decode in the last of the steps: the end of a batch is run one by one.
-    if not (host.decoding & (host.sent + steps <= host.limit)).any():
+    if not any((host.decoding & (host.sent + steps <= host.limit)).any() for host in lanes):
         return
-    if any(_most_pages(host, steps - 1) > pool.bound for pool in host.pools):
+    if any(_most_pages(host, steps - 1) > pool.bound for host in lanes for pool in host.pools):
         return
-    launch.flight.parts = steps
-    for part in range(1, steps):
-        launch.followers.append(_follow(host, launch.flight, part))
+    for host, share in zip(lanes, launch.parts, strict=True):
+        share.flight.parts = steps
+        for part in range(1, steps):
+            share.followers.append(_follow(host, share.flight, part))
 
 
-def _may(host: Host, launch: Launch) -> bool:
-    """Whether the step is plain decoding, and nobody waits who could begin with the next plan."""
-    if launch.rows not in host.limits.several_rows or launch.tokens:
-        return False
-    if launch.rich or launch.masked:
-        return False
+def _may(limits: Limits, launch: Launch) -> bool:
+    """Whether the step is plain decoding."""
+    plain = not (launch.tokens or launch.rich or launch.masked)
+    return plain and launch.rows in limits.several_rows
+
+
+def _somebody_waits(host: Host) -> bool:
+    """Whether somebody could begin, or go on with a prompt, or must stop, with the next plan."""
     if host.prefilling or host.stopping:
-        return False
-    return host.peek() is None or not host.free_slots
+        return True
+    return bool(host.free_slots) and host.peek() is not None
 
 
 def _most_pages(host: Host, steps: int) -> int:

@@ -20,46 +20,52 @@ def _copied(state: Any) -> Any:
     """The pages and slots as new buffers: a host view of the state itself would stop donation."""
     slots = state.slots
     kept = (state.pages, slots.active, slots.length)
-    return jax.tree.map(lambda a: a[0] | False if a.dtype == bool else a[0] + 0, kept)
+    return jax.tree.map(lambda a: a | False if a.dtype == bool else a + 0, kept)
+
+
+def _on_device(core: EngineCore) -> list[Any]:
+    """The pages, the active rows and the lengths of every lane."""
+    kept = jax.device_get(_copied(core.device.state))
+    return [jax.tree.map(lambda a, i=i: a[i], kept) for i in range(len(core.lanes))]
 
 
 def check(core: EngineCore) -> None:
     """Everything that must hold after any turn."""
-    pages, active, length = jax.device_get(_copied(core.device.state))
-    host = core.host
-    for g, (pool, device) in enumerate(zip(host.pools, pages, strict=True)):
-        free = device.free_stack[: device.free_top].tolist()
-        _conserved(pool, free, _in_flight(core, g))
-        assert pool.bound <= device.free_top, f"counts on {pool.bound} of {device.free_top} pages"
-        _rows_hold_what_they_point_to(device, active, set(free))
-        _references_are_rows(pool)
-        if not host.flights:
-            _mirrors_agree(host, pool, device, active, length)
+    for lane, (pages, active, length) in enumerate(_on_device(core)):
+        host = core.lanes[lane]
+        assert all(s is None or s.lane == lane for s in host.occupant)
+        for g, (pool, device) in enumerate(zip(host.pools, pages, strict=True)):
+            free = device.free_stack[: device.free_top].tolist()
+            _conserved(pool, free, _in_flight(core, lane, g))
+            assert pool.bound <= device.free_top, f"{pool.bound} of {device.free_top} pages"
+            _rows_hold_what_they_point_to(device, active, set(free))
+            _references_are_rows(pool)
+            if not host.flights:
+                _mirrors_agree(host, pool, device, active, length)
 
 
 def check_drained(core: EngineCore) -> None:
     """What must hold besides when nobody is left."""
     check(core)
-    host = core.host
-    assert not host.live and not host.flights and not host.children and not host.prefilling
-    assert host.waiting == 0 and host.running == 0, f"{host.waiting=} {host.running=}"
-    for pool in host.pools:
-        assert not pool.references.any() and not pool.rows.any() and not pool.held.any()
-        assert len(pool.index) == pool.index.idle
-        assert pool.free == pool.bound, f"{pool.free=} {pool.bound=}"
-        assert pool.bound + len(pool.returns) + len(pool.index) == pool.group.pages - 1
-    active = jax.device_get(_copied(core.device.state))[1]
-    assert not active.any(), "a row still decodes"
+    for host, (_, active, _) in zip(core.lanes, _on_device(core), strict=True):
+        assert not host.live and not host.flights and not host.children and not host.prefilling
+        assert host.waiting == 0 and host.running == 0, f"{host.waiting=} {host.running=}"
+        for pool in host.pools:
+            assert not pool.references.any() and not pool.rows.any() and not pool.held.any()
+            assert len(pool.index) == pool.index.idle
+            assert pool.free == pool.bound, f"{pool.free=} {pool.bound=}"
+            assert pool.bound + len(pool.returns) + len(pool.index) == pool.group.pages - 1
+        assert not active.any(), "a row still decodes"
 
 
-def _in_flight(core: EngineCore, group: int) -> list[int]:
-    """Pages that the device took in steps that were not harvested yet."""
+def _in_flight(core: EngineCore, lane: int, group: int) -> list[int]:
+    """Pages that a lane took in steps that were not harvested yet."""
     out: list[int] = []
-    for flight in core.host.flights:
+    for flight in core.host.flights:  # the first lane's have the results of all
         result = (flight.leader or flight).result
         if result is None:
             continue
-        taken = np.asarray(result[1])[0]
+        taken = np.asarray(result[1])[lane]
         taken = taken[flight.part] if flight.parts > 1 else taken
         span = len(taken) // len(core.host.pools)
         count = int(taken[group * span + 1])
@@ -122,22 +128,30 @@ def strict_order() -> Iterator[None]:
     """While inside, every schedule admits from the head of the queue and spares the oldest."""
     broken: list[str] = []
 
-    def watched(host: Host) -> Launch | None:
-        before = sorted(
-            key(host, s) for _, _, s in host.queue if s.phase is Phase.WAITING and s.slot < 0
-        )
-        leaving = [s for s in host.occupant if s is not None and s.phase is Phase.PREEMPTING]
-        launch = schedule(host)
-        admitted = launch.draft.admissions if launch is not None else []
-        keys = [key(host, s) for a in admitted if (s := host.occupant[a.slot]) is not None]
-        if keys != before[: len(keys)]:
-            broken.append(f"admitted {keys} of {before}")
-        if keys and any(key(host, s) < keys[-1] for s in leaving):
-            broken.append(f"admitted {keys} past one that was preempted and comes back")
-        inside = [s for s in host.occupant if s is not None and s.phase is not Phase.STOPPING]
-        oldest = min(inside, key=lambda s: key(host, s), default=None)
-        if oldest is not None and oldest.phase is Phase.PREEMPTING and oldest not in leaving:
-            broken.append("the oldest was preempted")
+    def watched(lanes: list[Host]) -> Launch | None:
+        before = [
+            sorted(
+                key(host, s) for _, _, s in host.queue if s.phase is Phase.WAITING and s.slot < 0
+            )
+            for host in lanes
+        ]
+        leaving = [
+            [s for s in host.occupant if s is not None and s.phase is Phase.PREEMPTING]
+            for host in lanes
+        ]
+        launch = schedule(lanes)
+        for lane, host in enumerate(lanes):
+            admitted = launch.parts[lane].draft.admissions if launch is not None else []
+            keys = [key(host, s) for a in admitted if (s := host.occupant[a.slot]) is not None]
+            if keys != before[lane][: len(keys)]:
+                broken.append(f"admitted {keys} of {before[lane]}")
+            if keys and any(key(host, s) < keys[-1] for s in leaving[lane]):
+                broken.append(f"admitted {keys} past one that was preempted and comes back")
+            inside = [s for s in host.occupant if s is not None and s.phase is not Phase.STOPPING]
+            oldest = min(inside, key=lambda s: key(host, s), default=None)
+            if oldest is not None and oldest.phase is Phase.PREEMPTING:
+                if oldest not in leaving[lane]:
+                    broken.append("the oldest was preempted")
         return launch
 
     setattr(core_module, "schedule", watched)

@@ -28,13 +28,22 @@ def chosen(times: float, *, devices: int = 8, shared: bool = False) -> tuple[Any
 
 
 @pytest.mark.parametrize(
-    ("times", "sizes"), [(3.0, {}), (1.5, {"model": 2}), (0.75, {"model": 4}), (0.1, {"model": 8})]
+    ("times", "sizes"),
+    [
+        (8.1, {"data": 8}),
+        (7.9, {}),
+        (3.0, {}),
+        (1.5, {"model": 2}),
+        (0.75, {"model": 4}),
+        (0.1, {"model": 8}),
+    ],
 )
-def test_auto_takes_the_fewest_devices_with_room_for_as_much_cache(times, sizes) -> None:
+def test_auto_takes_the_fewest_devices_with_room_for_as_much_cache_or_copies(times, sizes) -> None:
     found, line = chosen(times)
     assert found == sizes
-    assert ("most of 8" if times == 0.1 else "fewest of 8") in line
-    assert line.startswith(f"model={sizes['model']}" if sizes else "one device")
+    whole = "a copy on each of 8" if times > 8 else "fewest of 8"
+    assert ("most of 8" if times == 0.1 else whole) in line
+    assert line.startswith(",".join(f"{axis}={n}" for axis, n in sizes.items()) or "one device")
 
 
 def test_a_mesh_with_more_shards_than_heads_says_that_heads_are_repeated() -> None:

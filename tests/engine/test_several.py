@@ -1,5 +1,6 @@
 """Several decode steps in one program: the same text, fewer dispatches, and no step too many."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from octavo.backends.select import select
 from octavo.engine.core import EngineCore
 from octavo.engine.host import Host, Limits
+from octavo.engine.memory import _rows
 from octavo.engine.scheduler import _trim
 from octavo.engine.sequence import Sequence
 from octavo.engine.state import Dims, PageGroup
@@ -82,6 +84,12 @@ def test_only_small_models_of_a_backend_that_says_so_take_several_steps() -> Non
     settings: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 8, "page_size": 4}
     plain = make_parts(LLAMA, **settings).resolved
     assert plain.steps == 1 and plain.several_rows == () and select("cpu").small_model == 0
+
+
+def test_any_model_over_a_mesh_takes_several_steps_where_rows_are_few() -> None:
+    backend = replace(select("cpu"), mesh_steps=4, mesh_rows=4)
+    assert _rows(backend, 8, 1 << 40, meshed=True) == ((1, 2, 4, 8), (1, 2, 4), 4)
+    assert _rows(backend, 8, 1 << 40, meshed=False) == ((1, 2, 4, 8), (), 1)
 
 
 def dims() -> Dims:

@@ -148,7 +148,7 @@ def test_a_view_of_256_slots_and_8192_pages_takes_less_than_a_millisecond() -> N
     took = []
     for _ in range(50):
         began = time.perf_counter()
-        take_view(host, Stats(), 0.0)
+        take_view([host], Stats(), 0.0)
         took.append(time.perf_counter() - began)
     assert min(took) < 1e-3, f"{min(took) * 1e6:.0f} us"
     print(f"a view takes {1e6 * sorted(took)[25]:.0f} us")
@@ -156,7 +156,7 @@ def test_a_view_of_256_slots_and_8192_pages_takes_less_than_a_millisecond() -> N
 
 def test_a_large_pool_is_shown_in_cells_of_several_pages_that_add_up() -> None:
     pages = 3 * MAX_CELLS - 7
-    view = take_view(large_host(pages, slots=64), Stats(), 0.0)
+    view = take_view([large_host(pages, slots=64)], Stats(), 0.0)
     cells = cells_of(view)
     assert view.maps[0].per_cell == 3 and len(cells) == -(-pages // 3)
     assert int((cells >> 24).sum()) == 64 * 24

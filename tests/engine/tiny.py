@@ -12,10 +12,11 @@ import numpy as np
 from octavo.backends.record import Backend
 from octavo.backends.select import select
 from octavo.engine.assemble import Parts
-from octavo.engine.config import EngineConfig
+from octavo.engine.config import EngineConfig, devices_of
 from octavo.engine.core import EngineCore
 from octavo.engine.host import Host, Limits
 from octavo.engine.memory import resolve
+from octavo.engine.mesh import Placement
 from octavo.engine.messages import AddRequest, Finish, Logprobs, Output, Start
 from octavo.engine.recovery import Recovery
 from octavo.engine.sampling_params import SamplingParams
@@ -58,9 +59,10 @@ def make_parts(
     """Random weights, and the sizes that `settings` (of EngineConfig) resolve to."""
     config = EngineConfig(device="cpu", compilation_cache="none", **settings)
     config.validate()
-    chosen = backend(select("cpu"))
+    chosen = backend(select("cpu", devices_of(config.mesh)))
     resolved = resolve(config, chosen, ModelConfig.from_hf(facts))
-    params = random_params(resolved.model, 1, resolved.dtype)
+    place = Placement(resolved.mesh, resolved.model)
+    params = random_params(resolved.model, 1, resolved.dtype, put=place.put_weight)
     return Parts(chosen, resolved, params, list(eos), 0.0)
 
 
@@ -95,7 +97,8 @@ def begin_anew(
         steps=steps,
         several_rows=core.resolved.several_rows if steps > 1 else (),
     )
-    core.host = Host(core.limits)
+    core.lanes = [Host(core.limits) for _ in core.lanes]
+    core.intake.serials = 0
     core.device.limits = core.limits
     core.recovery = Recovery()
     core.device.rebuild()

@@ -25,11 +25,11 @@ FULL = bool(os.environ.get("OCTAVO_MESH_FULL"))
 COUNT = 64
 LENGTHS = (3, 23, 40, 23)
 Said = list[tuple[list[int], list[float]]]  # tokens, and the log probabilities that were asked for
-# What is cut in a way of its own: few heads, biases, windows, experts. The rest is behind
-# OCTAVO_MESH_FULL.
+# What is cut in a way of its own: few heads, biases (and two copies), windows, experts. The rest is
+# behind OCTAVO_MESH_FULL.
 MESHES = {
     "llama": ("model=8",),
-    "llama_bias": ("model=2",),
+    "llama_bias": ("data=2,model=2",),
     "gemma3": ("model=4",),
     "qwen3_moe": ("expert=2,model=2",),
 }
@@ -57,7 +57,9 @@ def engine(folder: Path, mesh: str, **more: Any) -> EngineCore:
         "max_num_seqs": 3,
         "max_num_batched_tokens": 32,
         "page_size": 8,
-        "num_pages": 26,  # less than three sequences of the longest need: some are preempted
+        # Less than three of the longest sequences need, or two in each data shard: some are
+        # preempted.
+        "num_pages": 18 if "data" in mesh else 26,
         "compilation_cache": "none",
     }
     config = EngineConfig(model=str(folder), device="cpu", mesh=mesh, **(settings | more))
@@ -125,7 +127,9 @@ EVERY = [
     (family, mesh)
     for family in FAMILIES
     for mesh in (
-        ("model=2", "model=4", "model=8", *ALL.get(family, ())) if FULL else MESHES.get(family, ())
+        ("model=2", "model=4", "model=8", "data=2", "data=2,model=2", *ALL.get(family, ()))
+        if FULL
+        else MESHES.get(family, ())
     )
 ]
 
@@ -162,6 +166,10 @@ def test_a_mesh_that_cannot_be_is_refused_with_what_can(checkpoints) -> None:
         engine(folder, "model=3")
     with pytest.raises(ConfigError, match="needs 16 devices, and 8 are here"):
         engine(folder, "model=16")
+    with pytest.raises(ConfigError, match="`mesh=data=9` needs 9 devices, and 8 are here"):
+        engine(folder, "data=9")
+    with pytest.raises(ConfigError, match="copies the model, and graphs for these cores only cut"):
+        make_mesh({"data": 2}, (), cores=8)
     with pytest.raises(ConfigError, match="no experts to lie on expert=2"):
         engine(folder, "expert=2")
 
