@@ -82,7 +82,7 @@ def attend(
 def attend_packed(
     mixed: jax.Array,
     turn: tuple[jax.Array, jax.Array],
-    norms: tuple[jax.Array, jax.Array] | None,
+    norms: jax.Array | None,
     cache: KV,
     batch: RaggedBatch,
     *,

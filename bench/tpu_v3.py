@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from octavo.bench import tpu_static
-from octavo.bench.tpu_compile import (
+from octavo.engine.ahead import attention
+from octavo.engine.ahead.schedule import (
     CHIPS,
     NO_LIBTPU,
     Schedule,
@@ -37,7 +37,6 @@ from octavo.bench.tpu_compile import (
 
 PACKAGE = "tpu_inference"
 KERNEL = f"{PACKAGE}.kernels.ragged_paged_attention.v3"
-ROWS = 16
 POOL = 2000  # pages
 CASES = (("bfloat16", 16), ("bfloat16", 128), ("float8_e4m3fn", 32), ("float8_e4m3fn", 128))
 
@@ -61,22 +60,27 @@ def theirs(folder: Path, chip: str, kind: str, page: int, dump: Path) -> tuple[i
     import jax.numpy as jnp
 
     kernel = load(folder, int(chip.removeprefix("tpu").removeprefix("v")[0]))
-    H, K, D = tpu_static.HEADS
+    H, K, D = attention.HEADS
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    size = tpu_static.TOKENS
+    size = attention.TOKENS
     blocks = (1, size, 1, size)
     few = (8, max(page, 256), 8, max(page, 256))  # of the kernel for prompts, not looked at
     attend = partial(
         kernel.ragged_paged_attention, sm_scale=D**-0.5, d_block_sizes=blocks, m_block_sizes=few
     )
     given = (
-        array(ROWS, H, D, dtype=jnp.bfloat16),
-        *[array(ROWS, K, D, dtype=kind)] * 2,
+        array(attention.ROWS, H, D, dtype=jnp.bfloat16),
+        *[array(attention.ROWS, K, D, dtype=kind)] * 2,
         array(*kernel.get_kv_cache_shape(POOL, page, K, D, jnp.dtype(kind)), dtype=kind),
-        *(array(ROWS), array(ROWS * tpu_static.LONGEST // page), array(ROWS + 1), array(3)),
+        *(
+            array(attention.ROWS),
+            array(attention.ROWS * attention.LONGEST // page),
+            array(attention.ROWS + 1),
+            array(3),
+        ),
     )
     compile_for(chip, attend, given, donate=3)
     schedule = Schedule(dump, f"RPAd-p_{page}-bq_1_1-bkv_{size}_{size}")
@@ -87,15 +91,12 @@ def theirs(folder: Path, chip: str, kind: str, page: int, dump: Path) -> tuple[i
 def ours(chip: str, kind: str, page: int, dump: Path) -> int:
     """Bundles of our decode; in libtpu's environment."""
     from octavo.pallas_kernels.attention import tpu
-    from octavo.pallas_kernels.attention.tpu_decode import SLOTS, chunk_tokens
-    from octavo.pallas_kernels.attention.tpu_layout import Layout
 
-    H, K, D = tpu_static.HEADS
+    D = attention.HEADS[-1]
     attend = partial(tpu.attend, window=0, scale=D**-0.5, softcap=0.0, **tpu.chip(chip))
-    compile_for(chip, attend, tpu_static.arguments(page, kind, chunk_tokens=0), donate=3)
+    compile_for(chip, attend, attention.arguments(page, kind, chunk_tokens=0), donate=3)
     schedule = Schedule(dump, "tpu_decode")
-    walked = SLOTS * chunk_tokens(Layout(K, H // K, D), page, kind, tpu_static.LONGEST)
-    return round(schedule.hot_path(schedule.loops()[-1]) * tpu_static.TOKENS / walked)
+    return attention.walk(schedule, attention.HEADS, page, kind, attention.LONGEST)
 
 
 def one(folder: Path, chip: str, kind: str, page: int, dump: Path) -> None:
@@ -129,7 +130,7 @@ def main() -> None:
 
 def table(chips: list[str], wheel: Path) -> None:
     """Each case in a process of its own: where to dump is fixed when jax is imported."""
-    print(f"libtpu {libtpu_version()}, bundles per {tpu_static.TOKENS:,} tokens")
+    print(f"libtpu {libtpu_version()}, bundles per {attention.TOKENS:,} tokens")
     names = "".join(f"{name:>10}{'share':>7}" for name in ("ours", "v3", "v3 whole"))
     print(f"{'':<32}{'copies':>8}{names}")
     for chip in chips:
@@ -145,8 +146,8 @@ def table(chips: list[str], wheel: Path) -> None:
                 )
             found = json.loads(done.stdout.splitlines()[-1])
             size = 1 if kind.startswith("float8") else 2
-            width = 2 * tpu_static.HEADS[1] * tpu_static.HEADS[2]
-            copies = CHIPS[chip].copy_cycles(tpu_static.TOKENS * width * size)
+            width = 2 * attention.HEADS[1] * attention.HEADS[2]
+            copies = CHIPS[chip].copy_cycles(attention.TOKENS * width * size)
             row = "".join(f"{bundles:>10,}{bundles / copies:>7.2f}" for bundles in found)
             print(f"{f'{chip} {kind} page {page}':<32}{copies:>8,.0f}{row}", flush=True)
 

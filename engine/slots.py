@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from octavo.engine.arrays import add, copy_row, put, running_sum, some, take
 from octavo.engine.plan import BIAS_IDS, BIAS_VALUES, HISTORY, SCALARS, Plan
-from octavo.engine.state import SlotState
+from octavo.engine.state import TERMS, SlotState
 
 IN_PROMPT = 0.5  # of SlotState.counts
 
@@ -38,22 +38,17 @@ def admit(slots: SlotState, plan: Plan) -> SlotState:
         picked = jnp.sum(jnp.where(hot, new[:, None], 0), axis=0).astype(old.dtype)
         return jnp.where(taken.reshape(taken.shape + trail), picked, old)
 
-    seed = jax.lax.bitcast_convert_type(
-        jnp.stack([column["seed"], column["seed_high"]], axis=1), jnp.uint32
-    )
+    at = SCALARS.index("prompt_len")
+    sampling = jax.lax.bitcast_convert_type(plan.sampling, jnp.int32)
+    terms = [plan.admission[:, at : at + TERMS], plan.stop_ids, sampling]
     nothing = jnp.zeros_like(slots.bias[:1])
     spared = jnp.concatenate([taken, jnp.zeros((1,), jnp.bool_)])[:, None]
     return replace(
         slots,
         active=slots.active & ~taken,
         length=place(slots.length, column["length"]),
-        prompt_len=place(slots.prompt_len, column["prompt_len"]),
-        limit=place(slots.limit, column["limit"]),
-        min_tokens=place(slots.min_tokens, column["min_tokens"]),
         adapter=place(slots.adapter, column["adapter"]),
-        stop_ids=place(slots.stop_ids, plan.stop_ids),
-        sampling=place(slots.sampling, plan.sampling),
-        seed=place(slots.seed, seed),
+        terms=place(slots.terms, jnp.concatenate(terms, axis=1)),
         counts=jnp.where(taken[:, None], jnp.float32(0), slots.counts),
         bias=jnp.where(spared, nothing, slots.bias),
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 STOP_IDS = (
     8  # stop tokens checked on the device; a request with more has the rest checked by the host
 )
+TERMS = 5  # numbers of SlotState.terms before the stop tokens
 BIAS = 256  # logit_bias entries per slot
 LIVE, FINISHED, BY_STOP = 1, 2, 4  # bits of a row's flags in a step's result
 
@@ -41,18 +42,44 @@ class SlotState:
 
     active: jax.Array  # bool[B] the slot decodes: `last` waits to be run
     length: jax.Array  # i32[B] tokens whose keys and values are written
-    prompt_len: jax.Array  # i32[B] tokens that count as prompt
-    limit: jax.Array  # i32[B] prompt and output together end here
-    min_tokens: jax.Array  # i32[B] output tokens before a stop token may be sampled
     last: jax.Array  # i32[B, Q] the sampled tokens that were not run yet
-    stop_ids: jax.Array  # i32[B, 8] tokens that end the sequence; -1 pads
-    sampling: jax.Array  # f32[B, NS] see pallas_kernels.sampling.Controls
-    seed: jax.Array  # u32[B, 2] the request's seed, low half first
+    terms: jax.Array  # i32[B, 5 + 8 + NS] what never changes: one leaf, for leaves cost dispatches
     adapter: jax.Array  # i32[B] 0 is the base model
     history: jax.Array  # i32[B + 1, X] the tokens by position; valid up to `length` (and `last`)
     counts: jax.Array  # f32[B, V] times generated, and a half where the token is in the prompt
     bias_ids: jax.Array  # i32[B + 1, BIAS]
     bias: jax.Array  # f32[B + 1, BIAS] added to the logits of bias_ids; 0 pads
+
+    # The columns of `terms`: the first in the order of plan.SCALARS.
+    @property
+    def prompt_len(self) -> jax.Array:
+        """i32[B] tokens that count as prompt."""
+        return self.terms[:, 0]
+
+    @property
+    def limit(self) -> jax.Array:
+        """i32[B] prompt and output together end here."""
+        return self.terms[:, 1]
+
+    @property
+    def min_tokens(self) -> jax.Array:
+        """i32[B] output tokens before a stop token may be sampled."""
+        return self.terms[:, 2]
+
+    @property
+    def seed(self) -> jax.Array:
+        """u32[B, 2] the request's seed, low half first."""
+        return jax.lax.bitcast_convert_type(self.terms[:, 3:TERMS], jnp.uint32)
+
+    @property
+    def stop_ids(self) -> jax.Array:
+        """i32[B, 8] tokens that end the sequence; -1 pads."""
+        return self.terms[:, TERMS : TERMS + STOP_IDS]
+
+    @property
+    def sampling(self) -> jax.Array:
+        """f32[B, NS] see pallas_kernels.sampling.Controls."""
+        return jax.lax.bitcast_convert_type(self.terms[:, TERMS + STOP_IDS :], jnp.float32)
 
 
 @flax.struct.dataclass
@@ -123,13 +150,8 @@ def empty_slots(dims: Dims) -> SlotState:
     return SlotState(
         active=zeros(slots, dtype=jnp.bool_),
         length=zeros(slots),
-        prompt_len=zeros(slots),
-        limit=zeros(slots),
-        min_tokens=zeros(slots),
         last=zeros(slots, 1),
-        stop_ids=jnp.full((slots, STOP_IDS), -1, jnp.int32),
-        sampling=zeros(slots, dims.controls, dtype=jnp.float32),
-        seed=zeros(slots, 2, dtype=jnp.uint32),
+        terms=zeros(slots, TERMS + STOP_IDS + dims.controls),
         adapter=zeros(slots),
         history=zeros(slots + 1, dims.max_len),
         counts=zeros(slots, dims.vocab if dims.counts else 1, dtype=jnp.float32),

@@ -84,7 +84,7 @@ def ops_of(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | 
     def attend_packed(
         mixed: jax.Array,
         turn: tuple[jax.Array, jax.Array],
-        norms: tuple[jax.Array, jax.Array] | None,
+        norms: jax.Array | None,
         cache: Any,
         spec: AttentionSpec,
         eps: float,

@@ -13,8 +13,8 @@ from octavo.engine.state import EngineState, PageState, SlotState
 PAGES = ("table", "held", "free_stack", "free_top")  # what a forward pass touches of a group's
 ROWS = ("active", "length", "last")  # and of the slots
 CHUNKS = (*ROWS, "history")  # with prompt tokens
-GREEDY = (*ROWS, "prompt_len", "limit", "min_tokens", "stop_ids", "history")
-SAMPLE = (*GREEDY, "sampling", "seed", "counts", "bias_ids", "bias")
+GREEDY = (*ROWS, "terms", "history")
+SAMPLE = (*GREEDY, "counts", "bias_ids", "bias")
 
 
 def lend(state: Any, slots: tuple[str, ...]) -> Any:

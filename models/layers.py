@@ -34,8 +34,7 @@ class Decoder:
 class Attention:
     qkv: Linear  # [E, K, J, D] J = H/K queries, one key, one value; or [E, K J D]
     out: Linear  # [H * D, E]
-    q_norm: jax.Array | None = None  # [D]
-    k_norm: jax.Array | None = None  # [D]
+    norms: jax.Array | None = None  # [2, D] of queries and of keys
     sinks: jax.Array | None = None  # f32[H] a logit without a value
     kv_scales: jax.Array | None = None  # f32[2, K] of the cache's keys and values
 
@@ -123,17 +122,16 @@ def attention(
     call = AttentionSpec(spec, scale=config.query_scale, softcap=config.attention_softcap)
     extra = {"sinks": w.sinks, "kv_scales": w.kv_scales}
     extra = {name: given for name, given in extra.items() if given is not None}
-    norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
     offset = norm_offset(config)
-    packed = ops.attend_packed(mixed, turn, norms, kv, call, config.eps, offset, **extra)
+    packed = ops.attend_packed(mixed, turn, w.norms, kv, call, config.eps, offset, **extra)
     if packed is not None:
         y, kv = packed
         return ops.closing(y.reshape(-1, config.H * config.D), w.out), kv
     q = mixed[:, :, :-2].reshape(-1, config.H, config.D)
     k, v = mixed[:, :, -2], mixed[:, :, -1]  # [N, K, D]
-    if norms is not None:
-        q = rms_norm(q, norms[0], config.eps, offset)
-        k = rms_norm(k, norms[1], config.eps, offset)
+    if w.norms is not None:
+        q = rms_norm(q, w.norms[0], config.eps, offset)
+        k = rms_norm(k, w.norms[1], config.eps, offset)
     q, k = rotate(q, turn), rotate(k, turn)
     y, kv = ops.attend(q, k, v, kv, call, **extra)
     return ops.closing(y.reshape(-1, config.H * config.D), w.out), kv
@@ -243,11 +241,11 @@ def logits(config: ModelConfig, params: Decoder, hidden: jax.Array, ops: Ops) ->
 def attention_tensors(config: ModelConfig, at: str, qk_norm: str = "") -> Attention:
     """The usual names. `qk_norm` is the init of the query and key norms; "" is no norms."""
     at += "self_attn."
+    normed = (f"{at}q_norm.weight", f"{at}k_norm.weight")
     return Attention(
         qkv=tensors.qkv(config, at),
         out=tensors.linear("HD E", f"{at}o_proj", config.out_bias),
-        q_norm=tensors.tensor("D", f"{at}q_norm.weight", init=qk_norm) if qk_norm else None,
-        k_norm=tensors.tensor("D", f"{at}k_norm.weight", init=qk_norm) if qk_norm else None,
+        norms=tensors.rows("D", *normed, init=qk_norm) if qk_norm else None,
         kv_scales=tensors.kv_scales(at) if config.kv_scales else None,
     )
 

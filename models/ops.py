@@ -99,8 +99,8 @@ class Ops:
         `layers` is a tuple of trees, or `Stacks` where the backend asked for them.
     dense_experts: neither sort nor top-k is there, so every expert meets every token.
     attend_packed(mixed [N, K, J, D], turn, norms, cache, spec, eps, offset) -> as attend, or None
-        `attend` of the projections as they come: it norms (norms: weights [D] of queries and keys,
-        each plus `offset`, or None) and turns them too. None: do that first, then `attend`.
+        `attend` of the projections as they come: it norms (norms: weights [2, D] of queries and
+        keys, plus `offset`, or None) and turns them too. None: do that first, then `attend`.
     add_norm(x [N, E], y [N, E] | None, weight [E], eps, offset) -> (x + y, its RMS norm), or None
         both in one kernel, where that is faster. None: one after the other.
     """

@@ -3,11 +3,11 @@
 A program sees one shard: the model of `local(config, shards)`, whose heads, feed-forward width,
 experts and vocabulary are a part of the whole's. What stands between is `whole(config, shards)`:
 the sizes of the parameters as they lie over all shards, with key-value heads repeated until every
-shard has one and the vocabulary padded until it divides.
+shard has one and the vocabulary padded until it divides, a large one into whole lanes.
 
     checkpoint          whole                      local
     K = 2, model = 8    K = 8, each head 4 times   K = 1
-    V = 32001           V = 32008                  V = 4001
+    V = 32001           V = 32768                  V = 4096
 
 The axes `expert` and `model` cut attention, dense layers and vocabulary together, in that order;
 experts lie whole on `expert`, their width on `model`.
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from octavo.models.config import ModelConfig, ModelConfigError
 from octavo.models.tensors import Tensor
 
+LANES = 128
 SPLIT = ("expert", "model")  # the axes of the mesh that cut one copy of a model
 
 
@@ -42,8 +43,17 @@ def whole(config: ModelConfig, shards: Shards) -> ModelConfig:
     n = shards.count
     if n == 1:
         return config
-    padded = -(-config.V // n) * n
-    return replace(config, K=max(config.K, n), V=padded, real_V=config.V)
+    return replace(config, K=max(config.K, n), V=n * _rows(config.V, n), real_V=config.V)
+
+
+def _rows(V: int, n: int) -> int:
+    """Rows of the vocabulary on each of n shards.
+
+    Whole lanes of a TPU, where that leaves no shard empty: programs that take rows of others apart
+    element by element are twice as large, and compile twice as long.
+    """
+    each = -(-V // n)
+    return -(-each // LANES) * LANES if each >= 2 * LANES * n else each
 
 
 def local(config: ModelConfig, shards: Shards) -> ModelConfig:

@@ -168,6 +168,12 @@ def tensor(axes: str, *pieces: Piece | str, init: str = "normal") -> Any:
     return Tensor(axes, made, init)
 
 
+def rows(axes: str, *names: str, init: str) -> Any:
+    """Several small checkpoint tensors as rows of one parameter: programs have fewer arguments."""
+    pieces = (Piece(name, axes, (i,)) for i, name in enumerate(names))
+    return tensor(f"{len(names)} {axes}", *pieces, init=init)
+
+
 def kv_scales(at: str) -> Any:
     """What an 8-bit cache's keys and values were divided by, one number a layer or one a head."""
     names = (f"{at}k_scale", f"{at}v_scale")

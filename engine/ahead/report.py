@@ -1,5 +1,6 @@
 """What was compiled for a TPU that is not here, and what it says about serving there."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -45,6 +46,23 @@ class Program:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Our kernels at the model's heads, from their schedules (attention.py)."""
+
+    decode: int  # cycles for `tokens` tokens of a row in one layer
+    copies: int  # that these tokens' copies from HBM take
+    prefill: int  # for a KV head's block of queries over one buffer of tokens
+    spills: int  # stores of registers that did not suffice, in both
+    tokens: int
+    cores: int  # of a device, which share the rows
+
+    def cycles(self, rows: int, length: int, windows: Sequence[int]) -> int:
+        """Of a decode step; windows: a layer's, 0 sees all."""
+        seen = sum(min(length, window or length) for window in windows)
+        return rows * seen * self.decode // (self.tokens * self.cores)
+
+
+@dataclass(frozen=True)
 class Step:
     """A decode step of all rows at one length: what bounds it."""
 
@@ -53,6 +71,7 @@ class Step:
     bytes: int  # read from HBM: every weight once, the keys and values of every row
     seconds: float  # that takes at the chip's bandwidth
     cycles: int  # static, of everything but attention; 0 where it is not known
+    attention_cycles: int  # static, likewise
 
     @property
     def tokens_per_second(self) -> float:
@@ -68,6 +87,7 @@ class Report:
     resolved: Resolved
     programs: list[Program] = field(default_factory=list)
     folder: Path | None = None
+    attention: Attention | None = None
 
     @property
     def memory(self) -> MemoryPlan:
@@ -89,7 +109,9 @@ class Report:
         bucket = next(r for r in self.resolved.row_buckets if r >= rows)
         named = {program.name: program.cycles for program in self.programs}
         cycles = named.get(f"greedy step of {bucket} rows", 0)
-        return Step(rows, length, read, read / self.chip.bandwidth, cycles)
+        windows = [spec.window for spec in self.resolved.model.layer_specs]
+        attention = self.attention.cycles(rows, length, windows) if self.attention else 0
+        return Step(rows, length, read, read / self.chip.bandwidth, cycles, attention)
 
     def _not_read(self) -> int:
         """Bytes of weights that a step only looks rows up in: an embedding that is no head."""
@@ -102,32 +124,41 @@ class Report:
         figures = f"{chip.bandwidth / 1e9:,.0f} GB/s, {chip.flops / 1e12:,.0f} TFLOP/s bfloat16"
         out = [f"target     {chip.name}:{self.topology}, {figures} a device", *self.memory.lines()]
         for step in self.steps():
-            cycles = f", {step.cycles:,} static cycles beside attention" if step.cycles else ""
+            cycles = f", {step.cycles:,} static cycles" if step.cycles else ""
+            cycles += f" and {step.attention_cycles:,} of attention" if self.attention else ""
             out.append(
                 f"decode     {step.rows} x {step.length:,} tokens: {size(step.bytes)} to read, at "
                 f"least {step.seconds * 1e3:.2f} ms, at most {step.tokens_per_second:,.0f} "
                 f"tokens/s{cycles}"
+            )
+        if a := self.attention:
+            out.append(
+                f"attention  a row and layer: {a.decode:,} static cycles for {a.tokens:,} tokens, "
+                f"{a.decode / a.copies:.2f} of what their copies take; a block of a prompt over a "
+                f"buffer of tokens: {a.prefill:,}; {a.spills} registers spilled"
             )
         if self.programs:
             out += self._program_lines()
         return out
 
     def _program_lines(self) -> list[str]:
-        rows: list[tuple[str, ...]] = [
-            ("program", "arguments", "HBM", "in place", "temporary", "cycles", "copies")
-        ]
+        names = ("program", "arguments", "HBM", "in place", "temporary", "cycles")
+        rows: list[tuple[str, ...]] = [(*names, "copies", "sent in a layer")]
         for p in self.programs:
             copies = ", ".join(f"{n} of {what}" for what, n in p.copies.items()) or "none"
+            sent = ", ".join(f"{n} {what}" for what, n in p.collectives_per_layer.items())
             held = (p.argument_bytes, p.in_place_bytes, p.temporary_bytes)
-            sizes = [size(count) for count in held]
-            rows.append((p.name, str(p.arguments), *sizes, f"{p.cycles:,}", copies))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+            numbers = (str(p.arguments), *(size(count) for count in held), f"{p.cycles:,}")
+            rows.append((p.name, *numbers, copies, sent or "nothing"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         out = [""]
         for row in rows:
-            first, *middle, last = (cell for cell in row)
-            cells = [first.ljust(widths[0])]
-            cells += [c.rjust(w) for c, w in zip(middle, widths[1:-1], strict=True)]
-            out.append("  ".join([*cells, last]))
+            words = (0, len(row) - 2, len(row) - 1)
+            padded = (
+                cell.ljust(width) if i in words else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            out.append("  ".join(padded).rstrip())
         out += ["", f"folder     {self.folder}"]
         pages = self.memory.pages[0]
         out.append(
@@ -148,6 +179,7 @@ class Report:
                 asdict(step) | {"tokens_per_second": step.tokens_per_second}
                 for step in self.steps()
             ],
+            "attention": asdict(self.attention) if self.attention else None,
             "programs": [asdict(program) for program in self.programs],
             "folder": str(self.folder) if self.folder else None,
         }

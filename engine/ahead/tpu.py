@@ -16,7 +16,8 @@ from octavo.backends import tpu
 from octavo.backends.chips import CHIPS, Chip
 from octavo.backends.record import Backend, BackendError
 from octavo.backends.topology import chips_of, devices_of
-from octavo.engine.ahead.report import Program, Report
+from octavo.engine.ahead import attention
+from octavo.engine.ahead.report import Attention, Program, Report
 from octavo.engine.ahead.wanted import Wanted, facts_of
 from octavo.engine.assemble import cache_maker, limits_of, refusals
 from octavo.engine.config import ConfigError, EngineConfig
@@ -25,6 +26,7 @@ from octavo.engine.planning import check_workspace
 from octavo.engine.prepare import readable
 from octavo.engine.programs import Programs
 from octavo.engine.step import Machine
+from octavo.pallas_kernels.attention import tpu as tpu_kernels
 
 
 def plan(wanted: Wanted) -> Report:
@@ -64,9 +66,29 @@ def compile(wanted: Wanted) -> Report:
     resolved = replace(resolved, memory=check_workspace(resolved, programs.workspace()))
     loops = resolved.model.loops
     measured = [Program.of(name, made, loops) for name, made in programs.made.items()]
-    report = Report(chip, wanted.topology, resolved, measured, folder)
+    report = Report(chip, wanted.topology, resolved, measured, folder, _attention(chip, resolved))
     (folder / "report.json").write_text(json.dumps(report.as_json(), indent=2) + "\n")
     return report
+
+
+def _attention(chip: Chip, resolved: Resolved) -> Attention | None:
+    """What the kernels cost for these heads, pages and lengths; None for pages of other kinds."""
+    dims, kind = resolved.dims, resolved.kv_dtype.name
+    if kind not in attention.KINDS:
+        return None
+    ((_, numbers),) = attention.costs(
+        chip.name,
+        heads=resolved.model.attention,
+        kinds=(kind,),
+        pages=(dims.page_size,),
+        longest=dims.max_len,
+    )
+    return Attention(
+        **{name: numbers[name] for name in ("decode", "copies", "prefill")},
+        spills=numbers["decode spills"] + numbers["prefill spills"],
+        tokens=attention.TOKENS,
+        cores=tpu_kernels.chip(chip.name).get("cores", 1),
+    )
 
 
 @contextmanager

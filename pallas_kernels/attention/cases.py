@@ -25,6 +25,7 @@ class Case:
     softcap: float = 0.0
     sinks: bool = False
     scaled: bool = False  # keys and values have scales
+    shared: tuple[tuple[int, int, int], ...] = ()  # (slot, other slot, first pages of both)
 
 
 Inputs = tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray, KV, RaggedBatch]
@@ -75,6 +76,8 @@ def _table(rng: np.random.Generator, lengths: list[int], case: Case) -> np.ndarr
     for slot, length in enumerate(lengths):
         assert length <= M * S, f"{slot=} {length=} does not fit {M=} pages of {S=} tokens"
         table[slot, -(-length // S) :] = 0
+    for slot, other, pages in case.shared:
+        table[slot, :pages] = table[other, :pages]
     return table
 
 

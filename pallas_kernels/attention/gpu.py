@@ -129,7 +129,7 @@ def why_not_packed(
 def attend_packed(
     mixed: jax.Array,
     turn: tuple[jax.Array, jax.Array],
-    norms: tuple[jax.Array, jax.Array] | None,
+    norms: jax.Array | None,
     cache: KV,
     batch: RaggedBatch,
     *,

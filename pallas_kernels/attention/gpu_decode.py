@@ -208,7 +208,7 @@ class Turned:
     @property
     def sources(self) -> int:
         """Arrays: the projections, cosines and sines, and the norms' weights."""
-        return 5 if self.normed else 3
+        return 4 if self.normed else 3
 
 
 def _load_ready(c: _Static, sources, row, head):
@@ -239,7 +239,7 @@ def _load_turned(c: _Static, sources, row, head):
         other = mixed_ref[at[..., None] + pair].astype(jnp.float32)
         if t.normed:  # rounded where separate steps would round
             unit = lax.rsqrt(jnp.sum(x * x, axis=-1) / t.D + t.eps)[..., None]
-            own, others = (norms[norm][i].astype(jnp.float32) for i in (d, pair))
+            own, others = (norms[0][norm * t.D + i].astype(jnp.float32) for i in (d, pair))
             x = (x * unit * (t.offset + own)).astype(mixed_ref.dtype).astype(jnp.float32)
             other = other * unit * (t.offset + others)
             other = other.astype(mixed_ref.dtype).astype(jnp.float32)
@@ -413,7 +413,7 @@ def decode(
 def decode_packed(
     mixed: jax.Array,
     turn: tuple[jax.Array, jax.Array],
-    norms: tuple[jax.Array, jax.Array] | None,
+    norms: jax.Array | None,
     cache: KV,
     batch: RaggedBatch,
     *,
@@ -429,12 +429,13 @@ def decode_packed(
 ) -> tuple[jax.Array, KV]:
     """`decode` of projections as they come: mixed [R, K, J, D] -> y [R, H, D], cache.
 
-    Norms (weights [D] of queries and keys, each plus `offset`) and rotation (turn: cos and sin
+    Norms (weights [2, D] of queries and keys, plus `offset`) and rotation (turn: cos and sin
     f32[R, 1, D'/2]) happen in the kernel, rounded where a program of separate steps would round.
     """
     N, K, J, D = mixed.shape
     turned = Turned(D, turn[0].shape[-1], eps, offset, norms is not None)
-    sources = (mixed.reshape(-1), turn[0].reshape(-1), turn[1].reshape(-1), *(norms or ()))
+    flat_norms = () if norms is None else (norms.reshape(-1),)
+    sources = (mixed.reshape(-1), turn[0].reshape(-1), turn[1].reshape(-1), *flat_norms)
     static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
     return _decode(
         sources, (N, K * (J - 2), D), cache, batch, **static, given=(sinks, kv_scales),

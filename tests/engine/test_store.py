@@ -36,7 +36,7 @@ def run(programs: Programs, parts: Parts) -> list[Any]:
     """A decode step of a slot that holds nothing but its last token."""
     state = programs.empty()
     slots = replace(state.slots, active=state.slots.active | True, last=state.slots.last + 7)
-    slots = replace(slots, limit=slots.limit + 9)
+    slots = replace(slots, terms=slots.terms + 9)
     state, passed, taken = programs.forward[1, 0](parts.params, replace(state, slots=slots))
     passed = replace(passed, chunk_hidden=None)
     head = parts.resolved.model.head(parts.params)

@@ -227,7 +227,7 @@ def test_norms_and_turns_in_the_kernel_as_before_it(normed: bool, dtype: str, tu
         turned = [a * turn[0] - b * turn[1], b * turn[0] + a * turn[1], rest]
         return jnp.concatenate(turned, axis=-1).astype(dtype)
 
-    norms = (weights[0], weights[1]) if normed else None
+    norms = weights if normed else None
     got, pages = gpu.attend_packed(
         mixed, turn, norms, cache, batch, **static, eps=1e-6, offset=0.5, interpret=True
     )

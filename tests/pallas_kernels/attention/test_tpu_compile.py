@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from octavo.bench.tpu_compile import BRANCH, CHIPS, NO_LIBTPU, Schedule, libtpu_version
-from octavo.bench.tpu_static import Numbers, child, grown
+from octavo.bench.tpu_static import grown
+from octavo.engine.ahead.attention import Numbers, costs
+from octavo.engine.ahead.schedule import BRANCH, CHIPS, NO_LIBTPU, Schedule, libtpu_version
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "tpu_static.json").read_text())
 ROWS: dict[str, Numbers] = GOLDEN["rows"]
@@ -23,7 +24,7 @@ needs_the_pinned = pytest.mark.skipif(
 @needs_libtpu
 @pytest.mark.parametrize("chip", CHIPS)
 def test_no_cost_grew_by_more_than_3_percent(chip: str) -> None:
-    now = dict(child(chip))
+    now = dict(costs(chip))
     assert now.keys() == {name for name in ROWS if name.startswith(chip)}
     assert grown(now, ROWS) == []
 
@@ -34,9 +35,8 @@ def test_no_cost_grew_by_more_than_3_percent(chip: str) -> None:
     "heads", [(32, 32, 128), (8, 1, 128), (14, 2, 64), (9, 3, 64), (8, 4, 256)]
 )
 def test_every_head_layout_compiles(heads: tuple[int, int, int]) -> None:
-    choices = ["--heads", *map(str, heads), "--page=16", "--kind=bfloat16"]
     for chip in ("v5e", "v6e"):
-        ((_, numbers),) = child(chip, *choices)
+        ((_, numbers),) = costs(chip, heads=heads, kinds=("bfloat16",), pages=(16,))
         assert numbers["decode"] > 0
 
 

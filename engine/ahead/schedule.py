@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import octavo
+
 ENVIRONMENT = {  # libtpu looks for no TPU then
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -55,7 +57,7 @@ def libtpu_version() -> str | None:
 
 def environment(dump: Path) -> dict[str, str]:
     """Of a process that compiles for TPUs and writes the schedules to the folder `dump`."""
-    here = str(Path(__file__).resolve().parent.parent)
+    here = str(Path(octavo.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
     flags = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump}", "PYTHONPATH": path}
     return {**os.environ, **ENVIRONMENT, **flags}
