@@ -2,8 +2,8 @@
 
     y[n] = x[n] @ weight[expert of n]                x [N, in] sorted by expert, weight [Y, in, out]
 
-One program per tile of rows (tiles.py: a tile begins where it wants and is of one expert) and block
-of columns; neighbours share their rows, which come from the cache. It walks `in`, `depth` at a time.
+One program per tile of rows (tiles.py: it begins where its expert wants) and block of columns;
+neighbours share their rows, which come from the cache. It walks `in`, `depth` at a time.
 A tile's unused rows repeat its last one, and are stored as that. Programs of unused tiles end at
 once; rows that have no expert become zeros.
 
@@ -21,11 +21,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from octavo.pallas_kernels.grouped.tiles import cut, tile_rows
+from octavo.pallas_kernels.grouped.tiles import cut
 
 OLDEST = (8, 0)
 KINDS = (jnp.bfloat16, jnp.float16, jnp.float32)
-BLOCK = 1 << 15  # bytes of the weights that a program holds at a time, about
+FEWEST, MOST = 16, 128  # rows of a tile, from what tensor cores take
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ def tuning(tile: int, depth: int, out: int, itemsize: int) -> Tuning:
     columns = _dividing(out, 64 if few else 128)
     step = _dividing(depth, max(16, (128 if few else 64) * 2 // itemsize))
     return Tuning(columns, step, 4 if tile < 128 else 8, 4 if few else 3)
+
+
+def tile_rows(N: int, X: int) -> int:
+    """Rows of a tile: about those of an expert, if all have as many; a power of two."""
+    rows = FEWEST
+    while rows < MOST and rows * X < N:
+        rows *= 2
+    return rows
 
 
 def why_not(x: jax.Array, weight: jax.Array, capability: tuple[int, int]) -> str | None:
@@ -67,8 +75,8 @@ def grouped_linear(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """x [N, in] sorted by expert, weight [Y, in, out], sizes i32[X] -> [N, out]; the X experts begin
-    at weight[first]. Rows past the sum of sizes give 0."""
+    """x [N, in] sorted by expert, weight [Y, in, out], sizes i32[X] -> [N, out]; the X experts
+    begin at weight[first]. Rows past the sum of sizes give 0."""
     (N, depth), X, out = x.shape, sizes.shape[0], weight.shape[2]
     tile = tile_rows(N, X)
     built = tuning(tile, depth, out, x.dtype.itemsize)

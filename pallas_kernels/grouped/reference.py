@@ -1,4 +1,4 @@
-"""The definition: row n of x, sorted by expert, meets the weight of the expert that it belongs to."""
+"""The definition: rows of x lie expert by expert, and each meets its expert's weight."""
 
 import jax
 import jax.numpy as jnp

@@ -33,14 +33,6 @@ class Tiles(NamedTuple):
     count: jax.Array  # i32[1]
 
 
-def tile_rows(N: int, X: int) -> int:
-    """Rows of a tile: about those of an expert, if all have as many; a power of two."""
-    rows = FEWEST
-    while rows < MOST and rows * X < N:
-        rows *= 2
-    return rows
-
-
 def cut(sizes: jax.Array, N: int, tile: int, *, aligned: bool) -> Tiles:
     """sizes i32[X] of N rows -> at most ceil(N / tile) + X tiles. Comparisons and sums only: no
     sort, no gather."""

@@ -2,17 +2,20 @@
 
     y[n] = x[n] @ weight[expert of n]                x [N, in] sorted by expert, weight [Y, in, out]
 
-    grid: blocks of columns, and for each of them the tiles of rows (tiles.py), aligned
+The grid is blocks of columns, and for each of them the tiles of rows (tiles.py), aligned:
 
-        tile     0     1     2     3     4           an expert's block of columns is copied once and
-        expert   0     0     2     3     3           stays for all its tiles; that of the next comes
-        rows    0-15 16-20 21-31 32-47 48-63         while they are multiplied
+    tile      0      1      2      3       4
+    expert    0      0      2      3       3
+    rows    0-127 128-140 141-255 256-383 384-511
+    weight  .. 0  |            2  |     3       |  the next block of columns of 0
 
-`in` is never cut, so a product is complete when it is made. Tiles 1 and 2 are the same rows of x and
-y, which stay in VMEM between them; each writes the rows that it owns. The number of tiles is known
-when it runs: there are no empty steps.
+Tiles 1 and 2 are the same rows of x and y, which stay in VMEM between them; each writes the rows
+that it owns. An expert's weight is copied once for all its tiles, and that of the next expert with
+rows starts as soon as the buffer of the one before it is free: the pipeline that comes with the
+grid would leave the memory idle in all but the last tile of each expert. `in` is never cut, so a
+product is complete when it is made. The number of tiles is known when it runs: no step is empty.
 
-VMEM: 2 blocks of weights of at most WEIGHT bytes, 2 tiles of x and 2 of y.
+VMEM: 2 buffers of weights, 2 tiles of x and 2 of y.
 """
 
 import functools
@@ -23,11 +26,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from octavo.pallas_kernels.grouped.tiles import cut, tile_rows
+from octavo.pallas_kernels.grouped.tiles import cut
 
 LANES = 128
+TILE = 128  # rows; a product of 16 takes three quarters of its time
 PART = 256  # columns of one product
-WEIGHT = 8 << 20  # the most bytes of one block of weights
+FEW = 512  # rows up to which all wait for the first weight, and x is nothing to read again
+BLOCK = {True: 3 << 20, False: 15 << 20}  # bytes of a buffer of weights, at most; by whether few
 VMEM = 48 << 20  # v5p and tpu7x have 64 MiB a core
 
 
@@ -35,13 +40,13 @@ def why_not(x: jax.Array, weight: jax.Array) -> str | None:
     """The reason this kernel refuses these arguments, or None if it takes them."""
     if x.dtype != weight.dtype or x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"rows are {x.dtype} and weights {weight.dtype}, not both bfloat16 or float32"
-    if weight.ndim == 4 and weight.shape[3] != LANES:
-        return f"blocks of weights have {weight.shape[3]} columns, not {LANES}"
     if weight.ndim not in (3, 4):
         return f"weights have {weight.ndim} axes, neither 3 nor 4"
-    size = weight.shape[-2] * _columns(weight) * weight.dtype.itemsize
-    if size > 2 * WEIGHT:
-        return f"the smallest block of weights has {size:,} bytes, more than {2 * WEIGHT:,}"
+    if weight.ndim == 4 and weight.shape[3] != LANES:
+        return f"blocks of weights have {weight.shape[3]} columns, not {LANES}"
+    size, most = _columns(weight, 1) * weight.shape[-2] * weight.dtype.itemsize, BLOCK[False]
+    if size > most:
+        return f"the smallest block of weights has {size:,} bytes, more than {most:,}"
     return None
 
 
@@ -58,94 +63,124 @@ def grouped_linear(
     ValueError where `why_not` has a reason."""
     if refusal := why_not(x, weight):
         raise ValueError(f"the kernel for experts cannot take this: {refusal}")
-    (N, depth), X = x.shape, sizes.shape[0]
-    tile = min(tile_rows(N, X), N)
-    tiles = cut(sizes, N, tile, aligned=True)
-    columns = _columns(weight)
-    out = weight.shape[1] * LANES if weight.ndim == 4 else weight.shape[2]
-
-    def rows(c: Any, t: Any, expert: Any, start: Any, *_: Any) -> Any:
-        return start[t] // tile, 0
-
-    def weights(c: Any, t: Any, expert: Any, *_: Any) -> Any:
-        return (expert[t], c, 0, 0) if weight.ndim == 4 else (expert[t], 0, c)
-
-    def results(c: Any, t: Any, expert: Any, start: Any, *_: Any) -> Any:
-        return start[t] // tile, c
-
-    block = (None, depth, columns)
-    if weight.ndim == 4:
-        block = (None, columns // LANES, depth, LANES)
+    N, depth = x.shape
+    tile, columns = min(TILE, N), _columns(weight, BLOCK[N <= FEW])
+    out = _width(weight)
+    expert, start, begin, end, real, count = cut(sizes, N, tile, aligned=True)
+    turn, after = _turns(expert, count)
+    blocked = weight.ndim == 4
+    block = (columns // LANES, depth, LANES) if blocked else (depth, columns)
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=5,
-        grid=(out // columns, tiles.count[0]),
-        in_specs=[pl.BlockSpec((tile, depth), rows), pl.BlockSpec(block, weights)],
-        out_specs=pl.BlockSpec((tile, columns), results),
+        num_scalar_prefetch=7,
+        grid=(out // columns, count[0]),
+        in_specs=[
+            pl.BlockSpec((tile, depth), lambda c, t, start, *_: (start[t] // tile, 0)),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=pl.BlockSpec((tile, columns), lambda c, t, start, *_: (start[t] // tile, c)),
+        scratch_shapes=[pltpu.VMEM((2, *block), weight.dtype), pltpu.SemaphoreType.DMA((2,))],
     )
     return pl.pallas_call(
-        functools.partial(_kernel, exact=x.dtype == jnp.float32),
+        functools.partial(_kernel, blocked=blocked),
         name="tpu_grouped",
         grid_spec=grid,
         out_shape=jax.ShapeDtypeStruct((N, out), x.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         interpret=interpret,
-    )(tiles.expert + first, *tiles[1:-1], x, weight)
+    )(start, begin, end, real, expert + first, turn, after + first, x, weight)
+
+
+def _turns(expert: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the tiles' experts: i32[T + 1] how many other experts came before, at T how many there are;
+    and i32[T] the expert that follows, behind the last the first."""
+    T = expert.shape[0]
+    t = jnp.arange(T, dtype=jnp.int32)
+    new = (t > 0) & (t < count) & (expert != jnp.roll(expert, 1))
+    turn = jnp.sum(jnp.where(new & (t <= t[:, None]), 1, 0), axis=1, dtype=jnp.int32)
+    later = new & (t > t[:, None])  # experts ascend: the next is the least
+    after = jnp.min(jnp.where(later, expert, jnp.iinfo(jnp.int32).max), axis=1)
+    after = jnp.where(jnp.any(later, axis=1), after, expert[0])
+    return jnp.append(turn, jnp.sum(new, dtype=jnp.int32) + 1), after
 
 
 def _kernel(
     # SMEM i32[T]
-    expert: Any,
     start: Any,
     begin: Any,
     end: Any,
     real: Any,
-    # VMEM
-    x: Any,  # [tile, in]
-    weight: Any,  # [in, columns] or [columns / 128, in, 128]
-    y: Any,  # [tile, columns]
+    expert: Any,
+    turn: Any,  # i32[T + 1]
+    after: Any,
+    x: Any,  # VMEM [tile, in]
+    weight: Any,  # HBM [Y, in, out] or [Y, blocks, in, 128]
+    y: Any,  # VMEM [tile, columns]
+    buffer: Any,  # VMEM [2, in, columns] or [2, columns / 128, in, 128]
+    sem: Any,
     *,
-    exact: bool,
+    blocked: bool,
 ) -> None:
-    del expert
-    t = pl.program_id(1)
-    (tile, columns), depth = y.shape, x.shape[1]
-    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-    part = LANES if len(weight.shape) == 3 else min(PART, columns)
-    del depth
+    c, t = pl.program_id(0), pl.program_id(1)
+    (tile, columns), turns = y.shape, turn[turn.shape[0] - 1]
+    place = c * turns + turn[t]  # among all copies
+    slot = place % 2
 
-    def keep(at: int, width: int, new: jax.Array | float) -> None:
-        row = start[t] + jax.lax.broadcasted_iota(jnp.int32, (tile, width), 0)
+    def copy(e: Any, c: Any, slot: Any) -> Any:
+        if blocked:
+            source = weight.at[e, pl.ds(c * (columns // LANES), columns // LANES)]
+        else:
+            source = weight.at[e, :, pl.ds(pl.multiple_of(c * columns, LANES), columns)]
+        return pltpu.make_async_copy(source, buffer.at[slot], sem.at[slot])
+
+    @pl.when((c == 0) & (t == 0))
+    def _() -> None:
+        copy(expert[0], 0, 0).start()
+
+    @pl.when((t == 0) | (turn[t] != turn[jnp.maximum(t - 1, 0)]))
+    def _() -> None:
+        @pl.when(place + 1 < pl.num_programs(0) * turns)
+        def _() -> None:
+            copy(after[t], c + (turn[t] + 1 == turns).astype(jnp.int32), 1 - slot).start()
+
+        copy(expert[t], c, slot).wait()
+
+    def keep(at: int, new: jax.Array) -> None:
+        row = start[t] + jax.lax.broadcasted_iota(jnp.int32, new.shape, 0)
         mine = (row >= begin[t]) & (row < end[t])
-        old = y[:, at : at + width].astype(jnp.float32)
-        y[:, at : at + width] = jnp.where(mine, new, old).astype(y.dtype)
+        here = slice(at, at + new.shape[1])
+        y[:, here] = jnp.where(mine, new, y[:, here].astype(jnp.float32)).astype(y.dtype)
+
+    part = LANES if blocked else PART
 
     @pl.when(real[t] == 1)
     def _() -> None:
         for at in range(0, columns, part):
-            width = min(part, columns - at)
-            w = weight[at // LANES] if len(weight.shape) == 3 else weight[:, at : at + width]
-            product = jax.lax.dot_general(
-                x[...],
-                w,
-                (((1,), (0,)), ((), ())),
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            )
-            keep(at, width, product)
+            w = buffer[slot, at // LANES] if blocked else buffer[slot, :, at : at + part]
+            keep(at, _dot(x[...], w))
 
     @pl.when(real[t] == 0)
     def _() -> None:
-        keep(0, columns, 0.0)
+        keep(0, jnp.zeros((tile, columns), jnp.float32))
 
 
-def _columns(weight: jax.Array) -> int:
-    """Columns of a block: as many whole lanes as divide the width and fit, or all."""
-    depth = weight.shape[-2]
-    width = weight.shape[1] * LANES if weight.ndim == 4 else weight.shape[-1]
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x @ w, accumulated in float32; float32 stays float32."""
+    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, w, dims, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _width(weight: jax.Array) -> int:
+    return weight.shape[1] * LANES if weight.ndim == 4 else weight.shape[2]
+
+
+def _columns(weight: jax.Array, most: int) -> int:
+    """Columns of a block: as many whole lanes as divide the width and have `most` bytes, at least
+    one; or all."""
+    width, depth = _width(weight), weight.shape[-2]
     if width % LANES:
         return width
-    fits = max(1, WEIGHT // (depth * LANES * weight.dtype.itemsize))
-    lanes = width // LANES
-    return LANES * max(n for n in range(1, lanes + 1) if lanes % n == 0 and n <= fits)
+    lanes, fits = width // LANES, most // (depth * LANES * weight.dtype.itemsize)
+    return LANES * max(n for n in range(1, lanes + 1) if lanes % n == 0 and n <= max(1, fits))
