@@ -30,7 +30,8 @@ from octavo.pallas_kernels.grouped.tiles import cut
 
 LANES = 128
 TILE = 128  # rows; a product of 16 takes three quarters of its time
-PART = 256  # columns of one product
+PART = 256  # columns of one product: a matrix unit is as wide
+UNROLLED = 16384  # depth of products in one stretch of code; longer ones compile for long
 FEW = 512  # rows up to which all wait for the first weight, and x is nothing to read again
 BLOCK = {True: 3 << 20, False: 15 << 20}  # bytes of a buffer of weights, at most; by whether few
 VMEM = 48 << 20  # v5p and tpu7x have 64 MiB a core
@@ -93,8 +94,8 @@ def grouped_linear(
 
 
 def _turns(expert: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of the tiles' experts: i32[T + 1] how many other experts came before, at T how many there are;
-    and i32[T] the expert that follows, behind the last the first."""
+    """Of the tiles' experts: i32[T + 1] how many others came before, at T how many there are; and
+    i32[T] the expert that follows, behind the last the first."""
     T = expert.shape[0]
     t = jnp.arange(T, dtype=jnp.int32)
     new = (t > 0) & (t < count) & (expert != jnp.roll(expert, 1))
@@ -146,23 +147,32 @@ def _kernel(
 
         copy(expert[t], c, slot).wait()
 
-    def keep(at: int, new: jax.Array) -> None:
-        row = start[t] + jax.lax.broadcasted_iota(jnp.int32, new.shape, 0)
+    def keep(here: Any, width: int, new: jax.Array | float) -> None:
+        row = start[t] + jax.lax.broadcasted_iota(jnp.int32, (tile, width), 0)
         mine = (row >= begin[t]) & (row < end[t])
-        here = slice(at, at + new.shape[1])
-        y[:, here] = jnp.where(mine, new, y[:, here].astype(jnp.float32)).astype(y.dtype)
+        old = y[:, here].astype(jnp.float32)  # the least chips compare 32 bits only
+        y[:, here] = jnp.where(mine, new, old).astype(y.dtype)
 
-    part = LANES if blocked else PART
+    part = next(p for p in (PART, LANES, columns) if columns % p == 0)
+    parts = columns // part
+    fits = max(1, UNROLLED // x.shape[1])
+
+    def multiply(i: Any, _: None) -> None:
+        here = pl.ds(pl.multiple_of(i * part, part), part)
+        if blocked:
+            lanes = [buffer[slot, i * (part // LANES) + j] for j in range(part // LANES)]
+            w = jnp.concatenate(lanes, axis=1)
+        else:
+            w = buffer[slot, :, here]
+        keep(here, part, _dot(x[...], w))
 
     @pl.when(real[t] == 1)
     def _() -> None:
-        for at in range(0, columns, part):
-            w = buffer[slot, at // LANES] if blocked else buffer[slot, :, at : at + part]
-            keep(at, _dot(x[...], w))
+        jax.lax.fori_loop(0, parts, multiply, None, unroll=_most(parts, fits))
 
     @pl.when(real[t] == 0)
     def _() -> None:
-        keep(0, jnp.zeros((tile, columns), jnp.float32))
+        keep(slice(None), columns, 0.0)
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -183,4 +193,9 @@ def _columns(weight: jax.Array, most: int) -> int:
     if width % LANES:
         return width
     lanes, fits = width // LANES, most // (depth * LANES * weight.dtype.itemsize)
-    return LANES * max(n for n in range(1, lanes + 1) if lanes % n == 0 and n <= max(1, fits))
+    return LANES * _most(lanes, max(1, fits))
+
+
+def _most(count: int, most: int) -> int:
+    """The largest divisor of `count` that is at most `most`."""
+    return max(n for n in range(1, most + 1) if count % n == 0)
