@@ -75,6 +75,7 @@ aot: $(AOT)/.installed
 	JAX_PLATFORMS=cpu TPU_RANDOM_STEPS=500 $(AOT)/bin/python -m pytest \
 	  tests/pallas_kernels/attention/test_tpu_attention.py \
 	  tests/pallas_kernels/attention/test_tpu_compile.py \
+	  tests/pallas_kernels/test_grouped_tpu_compile.py \
 	  tests/engine/ahead
 
 $(AOT)/.installed: $(PACKAGING)

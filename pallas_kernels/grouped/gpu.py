@@ -25,6 +25,7 @@ from octavo.pallas_kernels.grouped.tiles import cut
 
 OLDEST = (8, 0)
 KINDS = (jnp.bfloat16, jnp.float16, jnp.float32)
+LARGEST = 2**31 - 1  # elements of an array
 FEWEST, MOST = 16, 128  # rows of a tile, from what tensor cores take
 
 
@@ -64,6 +65,9 @@ def why_not(x: jax.Array, weight: jax.Array, capability: tuple[int, int]) -> str
         return f"weights have {weight.ndim} axes, not 3"
     if weight.shape[1] % 16 or weight.shape[2] % 16:
         return f"matrices of {weight.shape[1]} by {weight.shape[2]} are not in multiples of 16"
+    N, depth, out = *x.shape, weight.shape[2]
+    if max(weight.size, N * depth, N * out) > LARGEST:
+        return f"an array of more than {LARGEST:,} elements cannot be indexed with 32 bits"
     return None
 
 

@@ -23,14 +23,14 @@ FEWEST, MOST = (
 
 
 class Tiles(NamedTuple):
-    """The tiles of a call, in the order of their rows; those past `count` are unused."""
+    """The tiles of a call, in the order of their rows; those past `used` are not in use."""
 
     expert: jax.Array  # i32[T] whose weight; of rows that have none the last in use
     start: jax.Array  # i32[T] the tile's first row
     begin: jax.Array  # i32[T] the rows begin..end are its own
     end: jax.Array  # i32[T]
     real: jax.Array  # i32[T] 0: its rows are past the sum of sizes
-    count: jax.Array  # i32[1]
+    used: jax.Array  # i32[1]
 
 
 def cut(sizes: jax.Array, N: int, tile: int, *, aligned: bool) -> Tiles:
@@ -60,7 +60,7 @@ def cut(sizes: jax.Array, N: int, tile: int, *, aligned: bool) -> Tiles:
         begin=jnp.maximum(start, of(begin)),
         end=jnp.minimum(start + tile, of(end)),
         real=of((group < X).astype(jnp.int32)),
-        count=last[-1:],
+        used=last[-1:],
     )
 
 

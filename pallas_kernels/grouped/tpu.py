@@ -34,6 +34,7 @@ PART = 256  # columns of one product: a matrix unit is as wide
 UNROLLED = 16384  # depth of products in one stretch of code; longer ones compile for long
 FEW = 512  # rows up to which all wait for the first weight, and x is nothing to read again
 BLOCK = {True: 3 << 20, False: 15 << 20}  # bytes of a buffer of weights, at most; by whether few
+LARGEST = 6 << 20  # bytes of the smallest block, so that two and as deep tiles of x fit
 VMEM = 48 << 20  # v5p and tpu7x have 64 MiB a core
 
 
@@ -45,9 +46,9 @@ def why_not(x: jax.Array, weight: jax.Array) -> str | None:
         return f"weights have {weight.ndim} axes, neither 3 nor 4"
     if weight.ndim == 4 and weight.shape[3] != LANES:
         return f"blocks of weights have {weight.shape[3]} columns, not {LANES}"
-    size, most = _columns(weight, 1) * weight.shape[-2] * weight.dtype.itemsize, BLOCK[False]
-    if size > most:
-        return f"the smallest block of weights has {size:,} bytes, more than {most:,}"
+    size = _columns(weight, 1) * weight.shape[-2] * weight.dtype.itemsize
+    if size > LARGEST:
+        return f"the smallest block of weights has {size:,} bytes, more than {LARGEST:,}"
     return None
 
 
@@ -65,7 +66,7 @@ def grouped_linear(
     if refusal := why_not(x, weight):
         raise ValueError(f"the kernel for experts cannot take this: {refusal}")
     N, depth = x.shape
-    tile, columns = min(TILE, N), _columns(weight, BLOCK[N <= FEW])
+    tile, columns = min(TILE, N), block_columns(weight, N)
     out = _width(weight)
     expert, start, begin, end, real, count = cut(sizes, N, tile, aligned=True)
     turn, after = _turns(expert, count)
@@ -91,6 +92,18 @@ def grouped_linear(
         ),
         interpret=interpret,
     )(start, begin, end, real, expert + first, turn, after + first, x, weight)
+
+
+def block_columns(weight: jax.Array, N: int) -> int:
+    """Columns of the blocks that a call with N rows copies."""
+    return _columns(weight, BLOCK[N <= FEW])
+
+
+def parts(columns: int, depth: int) -> tuple[int, int]:
+    """Of a block: the columns of one product, and how often the loop over products turns."""
+    part = next(width for width in (PART, LANES, columns) if columns % width == 0)
+    count = columns // part
+    return part, count // _most(count, max(1, UNROLLED // depth))
 
 
 def _turns(expert: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -131,6 +144,8 @@ def _kernel(
     def copy(e: Any, c: Any, slot: Any) -> Any:
         if blocked:
             source = weight.at[e, pl.ds(c * (columns // LANES), columns // LANES)]
+        elif columns == weight.shape[2]:  # which need not be whole lanes
+            source = weight.at[e]
         else:
             source = weight.at[e, :, pl.ds(pl.multiple_of(c * columns, LANES), columns)]
         return pltpu.make_async_copy(source, buffer.at[slot], sem.at[slot])
@@ -150,12 +165,11 @@ def _kernel(
     def keep(here: Any, width: int, new: jax.Array | float) -> None:
         row = start[t] + jax.lax.broadcasted_iota(jnp.int32, (tile, width), 0)
         mine = (row >= begin[t]) & (row < end[t])
-        old = y[:, here].astype(jnp.float32)  # the least chips compare 32 bits only
+        old = y[:, here].astype(jnp.float32)  # v5e selects among 32 bits only
         y[:, here] = jnp.where(mine, new, old).astype(y.dtype)
 
-    part = next(p for p in (PART, LANES, columns) if columns % p == 0)
-    parts = columns // part
-    fits = max(1, UNROLLED // x.shape[1])
+    part, loops = parts(columns, x.shape[1])
+    count = columns // part
 
     def multiply(i: Any, _: None) -> None:
         here = pl.ds(pl.multiple_of(i * part, part), part)
@@ -168,7 +182,7 @@ def _kernel(
 
     @pl.when(real[t] == 1)
     def _() -> None:
-        jax.lax.fori_loop(0, parts, multiply, None, unroll=_most(parts, fits))
+        jax.lax.fori_loop(0, count, multiply, None, unroll=count // loops)
 
     @pl.when(real[t] == 0)
     def _() -> None:

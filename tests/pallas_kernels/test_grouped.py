@@ -86,10 +86,10 @@ def test_the_reference_is_a_sum_per_row() -> None:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_each_row_is_in_one_tile_of_its_expert(sizes: tuple[int, ...], aligned: bool) -> None:
     tiles = cut(jnp.asarray(sizes, jnp.int32), 100, 16, aligned=aligned)
-    count = int(tiles.count[0])
+    count = int(tiles.used[0])
     assert count <= tiles.expert.shape[0]
     want = [(e, 1) for e, n in enumerate(sizes) for _ in range(n)]
-    got = []
+    got: list[tuple[int, int]] = []
     for t in range(count):
         expert, start, begin, end, real = (int(field[t]) for field in tiles[:-1])
         assert start <= begin < end <= start + 16 and (not aligned or start % 16 == 0)
