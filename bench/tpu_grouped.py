@@ -66,7 +66,7 @@ def measure(chip: str, shape: tuple[int, int, int], N: int, dump: Path) -> Numbe
     *inner, outer = schedule.loops()
     one = schedule.hot_path(outer)
     if inner:
-        one += (tpu.parts(columns, depth)[1] - 1) * schedule.hot_path(inner[0])
+        one += (tpu.loops(columns, depth) - 1) * schedule.hot_path(inner[0])
     copied = CHIPS[chip].copy_cycles(depth * columns * 2)
     slow = compile_for(chip, plain.grouped_linear, given).as_text()
     return {

@@ -31,7 +31,7 @@ from octavo.pallas_kernels.grouped.tiles import cut
 LANES = 128
 TILE = 128  # rows; a product of 16 takes three quarters of its time
 PART = 256  # columns of one product: a matrix unit is as wide
-UNROLLED = 16384  # depth of products in one stretch of code; longer ones compile for long
+UNROLLED = 28672  # depth of products in one stretch of code; longer ones compile for long
 FEW = 512  # rows up to which all wait for the first weight, and x is nothing to read again
 BLOCK = {True: 3 << 20, False: 15 << 20}  # bytes of a buffer of weights, at most; by whether few
 LARGEST = 6 << 20  # bytes of the smallest block, so that two and as deep tiles of x fit
@@ -99,11 +99,10 @@ def block_columns(weight: jax.Array, N: int) -> int:
     return _columns(weight, BLOCK[N <= FEW])
 
 
-def parts(columns: int, depth: int) -> tuple[int, int]:
-    """Of a block: the columns of one product, and how often the loop over products turns."""
-    part = next(width for width in (PART, LANES, columns) if columns % width == 0)
-    count = columns // part
-    return part, count // _most(count, max(1, UNROLLED // depth))
+def loops(columns: int, depth: int) -> int:
+    """How often the loop over the whole products of a block turns; 0 where there are none."""
+    count = columns // PART
+    return count // _most(count, max(1, UNROLLED // depth)) if count else 0
 
 
 def _turns(expert: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -168,21 +167,28 @@ def _kernel(
         old = y[:, here].astype(jnp.float32)  # v5e selects among 32 bits only
         y[:, here] = jnp.where(mine, new, old).astype(y.dtype)
 
-    part, loops = parts(columns, x.shape[1])
-    count = columns // part
-
-    def multiply(i: Any, _: None) -> None:
-        here = pl.ds(pl.multiple_of(i * part, part), part)
+    def multiply(at: Any, width: int) -> None:
+        here = pl.ds(at, width)
         if blocked:
-            lanes = [buffer[slot, i * (part // LANES) + j] for j in range(part // LANES)]
+            lanes = [buffer[slot, at // LANES + j] for j in range(width // LANES)]
             w = jnp.concatenate(lanes, axis=1)
         else:
             w = buffer[slot, :, here]
-        keep(here, part, _dot(x[...], w))
+        keep(here, width, _dot(x[...], w))
 
     @pl.when(real[t] == 1)
     def _() -> None:
-        jax.lax.fori_loop(0, count, multiply, None, unroll=count // loops)
+        count, rest = divmod(columns, PART)
+        if count:
+            jax.lax.fori_loop(
+                0,
+                count,
+                lambda i, _: multiply(pl.multiple_of(i * PART, PART), PART),
+                None,
+                unroll=count // loops(columns, x.shape[1]),
+            )
+        if rest:
+            multiply(count * PART, rest)
 
     @pl.when(real[t] == 0)
     def _() -> None:

@@ -68,7 +68,7 @@ def test_any_number_of_rows_and_a_place_in_a_stack(kernel: str, N: int) -> None:
 
 
 def test_blocks_of_columns_are_copied_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tpu, "BLOCK", {True: 64 << 10, False: 64 << 10})  # two blocks of lanes
+    monkeypatch.setattr(tpu, "BLOCK", {True: 96 << 10})  # 384 columns: a product and a half
     for blocked in (0, 128):
         check("tpu", (3, 0, 60, 7), shape=(100, 64, 768), first=1, columns=blocked)
 
