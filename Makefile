@@ -73,7 +73,8 @@ AOT := .venv-aot
 
 aot: $(AOT)/.installed
 	JAX_PLATFORMS=cpu TPU_RANDOM_STEPS=500 $(AOT)/bin/python -m pytest -vv --durations=20 \
-	  tests/pallas_kernels/attention/test_tpu_compile.py tests/engine/ahead \
+	  tests/pallas_kernels/attention/test_tpu_compile.py \
+	  tests/pallas_kernels/test_grouped_tpu_compile.py tests/engine/ahead \
 	  tests/pallas_kernels/attention/test_tpu_attention.py
 
 $(AOT)/.installed: $(PACKAGING)

@@ -1,4 +1,4 @@
-"""An NVIDIA GPU: our own Pallas kernels for attention, XLA for everything else."""
+"""An NVIDIA GPU: our own Pallas kernels for attention and experts, XLA for everything else."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +12,7 @@ from octavo.backends.record import Backend
 from octavo.pallas_kernels.attention import blockwise, gpu
 from octavo.pallas_kernels.attention.batch import RaggedBatch
 from octavo.pallas_kernels.attention.reference import KV
+from octavo.pallas_kernels.grouped import gpu as grouped
 from octavo.pallas_kernels.norm import gpu as norm
 
 ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
@@ -35,7 +36,7 @@ def backend(reason: str, choices: Choices = CHOICES) -> Backend:
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
         linear=plain.linear,
-        grouped_linear=plain.grouped_linear,
+        grouped_linear=partial(grouped_linear, capability=capability),
         layers=plain.layers,
         row_buckets=lambda most: _up_to(ROWS, most),
         token_buckets=lambda most: _up_to(TOKENS, most),
@@ -112,6 +113,20 @@ def add_norm(
     if x.shape[0] > choices.normed or capability < gpu.OLDEST or norm.why_not(x) is not None:
         return None
     return norm.add_norm(x, y, weight, eps, offset)
+
+
+def grouped_linear(
+    x: jax.Array,
+    weight: jax.Array,
+    sizes: jax.Array,
+    first: jax.Array | int = 0,
+    *,
+    capability: gpu.Capability,
+) -> jax.Array:
+    """Our kernel for experts where it takes their shapes, a loop of XLA where it refuses them."""
+    if grouped.why_not(x, weight, capability) is not None:
+        return plain.grouped_linear(x, weight, sizes, first)
+    return grouped.grouped_linear(x, weight, sizes, first)
 
 
 def capability_of(device: jax.Device) -> gpu.Capability:

@@ -1,4 +1,4 @@
-"""A TPU: our own Pallas kernels for attention, XLA for everything else."""
+"""A TPU: our own Pallas kernels for attention and experts, XLA for everything else."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +14,7 @@ from octavo.backends.record import Backend, Layer, cache_dtype, doubling
 from octavo.models.layers import Experts
 from octavo.models.ops import Stacks
 from octavo.pallas_kernels.attention import tpu
+from octavo.pallas_kernels.grouped import tpu as grouped
 
 # A step scatters and gathers a few numbers a row: less work than starting another core for it, and
 # programs for that core take longest to compile.
@@ -46,7 +47,7 @@ def record(
         init_cache=init_cache,
         page_bytes=tpu.page_bytes,
         linear=plain.linear,
-        grouped_linear=plain.grouped_linear,
+        grouped_linear=grouped_linear,
         layers=layers,
         stacked=True,
         whole_steps=True,
@@ -77,6 +78,15 @@ def init_cache(
         tpu.init_kv(count, page_size, kv_heads, head_size, dtype, layers)
         for count, layers in zip(pages, counts, strict=True)
     )
+
+
+def grouped_linear(
+    x: jax.Array, weight: jax.Array, sizes: jax.Array, first: jax.Array | int = 0
+) -> jax.Array:
+    """Our kernel for experts where it takes their shapes, a loop of XLA where it refuses them."""
+    if grouped.why_not(x, weight) is not None:
+        return plain.grouped_linear(x, weight, sizes, first)
+    return grouped.grouped_linear(x, weight, sizes, first)
 
 
 def layers(

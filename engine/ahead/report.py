@@ -70,8 +70,8 @@ class Step:
     length: int
     bytes: int  # read from HBM: every weight once, the keys and values of every row
     seconds: float  # that takes at the chip's bandwidth
-    cycles: int  # static, of everything but attention; 0 where it is not known
-    attention_cycles: int  # static, likewise
+    cycles: int  # static, of everything but our kernels; 0 where it is not known
+    attention_cycles: int  # static, of attention
 
     @property
     def tokens_per_second(self) -> float:
@@ -124,7 +124,7 @@ class Report:
         figures = f"{chip.bandwidth / 1e9:,.0f} GB/s, {chip.flops / 1e12:,.0f} TFLOP/s bfloat16"
         out = [f"target     {chip.name}:{self.topology}, {figures} a device", *self.memory.lines()]
         for step in self.steps():
-            cycles = f", {step.cycles:,} static cycles" if step.cycles else ""
+            cycles = f", {step.cycles:,} static cycles beside our kernels" if step.cycles else ""
             cycles += f" and {step.attention_cycles:,} of attention" if self.attention else ""
             out.append(
                 f"decode     {step.rows} x {step.length:,} tokens: {size(step.bytes)} to read, at "

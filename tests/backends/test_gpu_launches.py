@@ -80,6 +80,18 @@ def backend(packed: int) -> Backend:
     )
 
 
+def compiled(function: Any, arguments: Any) -> Any:
+    """The jitted function for an H100; arguments are abstract."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    mesh = Mesh(np.array(topology.devices).reshape(1), ("one",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec())
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments
+    )
+    with jax.set_mesh(mesh):
+        return function.lower(*placed).compile()
+
+
 @cache
 def launches(layers: int, rows: int, packed: int, tokens: int = 0) -> int:
     """Kernels, library calls and copies of one step."""
@@ -87,12 +99,6 @@ def launches(layers: int, rows: int, packed: int, tokens: int = 0) -> int:
     groups = (PageGroup(window=0, pages=64),)
     dims = Dims(32, 64, 512, 512, groups, controls=NS, max_chunk=256, counts=False)
     machine = Machine(dims, model, backend(packed))
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    mesh = Mesh(np.array(topology.devices).reshape(1), ("one",), axis_types=(AxisType.Auto,))
-    place = NamedSharding(mesh, PartitionSpec())
-
-    def there(tree: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
 
     def cache() -> Any:
         heads, size = model.attention[1:]
@@ -101,9 +107,7 @@ def launches(layers: int, rows: int, packed: int, tokens: int = 0) -> int:
     state = jax.eval_shape(lambda: functions.new_state(machine, cache))
     step = jax.jit(functions.forward(machine, rows, tokens), donate_argnums=(1,))
     plan = (jax.ShapeDtypeStruct((1, plan_size(dims)), jnp.int32),) if tokens else ()
-    arguments = there((model.abstract_params(jnp.bfloat16), state, *plan))
-    with jax.set_mesh(mesh):
-        text = step.lower(*arguments).compile().as_text()
+    text = compiled(step, (model.abstract_params(jnp.bfloat16), state, *plan)).as_text()
     assert text is not None
     entry = text[text.index("\nENTRY ") :]
     return len(re.findall(r" (?:fusion|custom-call|copy)\(", entry[: entry.index("\n}")]))
@@ -120,3 +124,15 @@ def test_norms_and_rotation_inside_the_decode_kernel_save_launches(rows: int) ->
 
 def test_a_prompt_step_compiles() -> None:
     assert 0 < a_layer(32, packed=1024, tokens=256) <= 20
+
+
+@pytest.mark.parametrize("rows", [8, 512, 65536])
+@pytest.mark.parametrize("shape", [(128, 2048, 1536), (128, 768, 2048), (8, 14336, 4096)])
+def test_experts_are_one_kernel_that_copies_none(rows: int, shape: tuple[int, int, int]) -> None:
+    X, depth, out = shape
+    x, weight = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, depth), shape))
+    sizes = jax.ShapeDtypeStruct((X,), jnp.int32)
+    function = jax.jit(partial(gpu.grouped_linear, capability=(9, 0)))
+    made = compiled(function, (x, weight, sizes))
+    assert "gpu_grouped" in made.as_text() and " while(" not in made.as_text()
+    assert made.memory_analysis().temp_size_in_bytes < 1 << 20

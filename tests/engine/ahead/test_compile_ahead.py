@@ -61,6 +61,7 @@ def test_every_program_fits_the_chip_and_copies_no_weight_and_no_cache(
         program = programs[name]
         kernels = {"tpu_decode": 1}
         kernels |= {"tpu_write": 1, "tpu_prefill": 1} if name in prompts else {}
+        kernels |= {"tpu_grouped": 2} if config is QWEN else {}
         assert program["kernels"] == kernels, f"{name}: one loop over all layers"
         assert program["copies"] == {}, name
         assert program["collectives_per_layer"] == sent, name

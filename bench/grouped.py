@@ -1,0 +1,115 @@
+"""Experts' matrix products on the device that is here: our kernel, the plain loop, XLA's own.
+
+    python -m octavo.bench.grouped [--shapes qwen-up,mixtral-down] [--rows 8,512,16384]
+
+Rows are pairs of token and expert: 8 of Qwen3-30B-A3B are one token. Which expert a pair has is
+drawn evenly. GB/s are of the weights that have rows, each counted once. A time is the least of
+several rounds, in turns, each of some calls in a row. `apart` is the largest difference from the
+plain loop, as a part of its largest number. On a CPU there is no kernel.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from octavo.backends import gpu, plain
+from octavo.cli.table import print_table
+from octavo.pallas_kernels.grouped import gpu as triton
+from octavo.pallas_kernels.grouped import tpu as mosaic
+
+SHAPES = {  # X experts, in, out
+    "qwen-up": (128, 2048, 1536),
+    "qwen-down": (128, 768, 2048),
+    "mixtral-up": (8, 4096, 28672),
+    "mixtral-down": (8, 14336, 4096),
+}
+ROWS = (8, 64, 512, 4096, 16384, 65536)
+PLAIN = "plain loop"
+Way = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Given = tuple[jax.Array, jax.Array, jax.Array]  # x [N, in], weight [X, in, out], sizes i32[X]
+
+
+def ways(device: jax.Device) -> dict[str, Way]:
+    """What makes [N, out] of the three, by name."""
+    found: dict[str, Way] = {PLAIN: plain.grouped_linear, "ragged_dot": jax.lax.ragged_dot}
+    if device.platform == "tpu":
+        found["kernel"] = mosaic.grouped_linear
+    elif device.platform == "gpu" and gpu.capability_of(device) >= triton.OLDEST:
+        found["kernel"] = triton.grouped_linear
+    return found
+
+
+def weights(shape: tuple[int, int, int]) -> jax.Array:
+    """bf16[X, in, out]."""
+    return jax.jit(lambda: jax.random.normal(jax.random.key(1), shape, jnp.bfloat16))()
+
+
+def measure(weight: jax.Array, N: int, rounds: int) -> list[tuple[str, ...]]:
+    """A row of the table for each way."""
+    X, depth, out = weight.shape
+    sizes = np.bincount(np.random.default_rng(0).integers(0, X, N), minlength=X)
+    x = jax.random.normal(jax.random.key(0), (N, depth), jnp.bfloat16)
+    given = (x, weight, jnp.asarray(sizes, jnp.int32))
+    programs, best, apart = {}, {}, {}
+    want: Any = None
+    for name, way in ways(jax.devices()[0]).items():
+        try:
+            program = jax.jit(way).lower(*given).compile()
+            got = program(*given).astype(jnp.float32)
+            want = got if want is None else want
+            apart[name] = float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
+        except jax.errors.JaxRuntimeError as failure:
+            print(f"{N} rows, {name} fails: {str(failure).splitlines()[0][:80]}")
+            continue
+        programs[name], best[name] = program, float("inf")
+    for _ in range(rounds):
+        for name, program in programs.items():
+            best[name] = min(best[name], once(program, given))
+    met = int(np.count_nonzero(sizes)) * depth * out * weight.dtype.itemsize
+    return [
+        (
+            f"{N}",
+            name,
+            f"{1e6 * seconds:.0f}",
+            f"{met / seconds / 1e9:.0f}",
+            f"{2 * N * depth * out / seconds / 1e12:.1f}",
+            f"{apart[name]:.4f}",
+        )
+        for name, seconds in best.items()
+    ]
+
+
+def once(program: Any, given: Given, calls: int = 4) -> float:
+    """Seconds of one call, of several in a row."""
+    began = time.perf_counter()
+    for _ in range(calls):
+        result = program(*given)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - began) / calls
+
+
+def main() -> None:
+    """Print a table for each shape."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="default: all")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if unknown := set(options.shapes.split(",")) - set(SHAPES):
+        parser.error(f"no shape {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
+    print(jax.devices()[0].device_kind)
+    for name in options.shapes.split(","):
+        weight = weights(SHAPES[name])
+        rows: list[tuple[str, ...]] = []
+        for N in map(int, options.rows.split(",")):
+            rows += measure(weight, N, options.rounds)
+        print_table((name, "way", "us", "GB/s", "TFLOP/s", "apart"), rows, indent="")
+
+
+if __name__ == "__main__":
+    main()
