@@ -115,6 +115,8 @@ class Backend:
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device
     shared_memory: bool = False  # all devices have the same memory
+    # check_jobs(engine.programs.Job, ...): raises where its compiler cannot be asked for so many
+    check_jobs: Callable[[Sequence[Any]], None] = lambda jobs: None
     # why_not(config): why an EngineConfig-like object cannot be served here, and what to change
     why_not: Callable[[Any], str | None]
 

@@ -90,8 +90,7 @@ DECODE_VARIANTS: Variants = {
 }
 PREFILL_VARIANTS: Variants = {
     "default": (Tuning(), BF16),
-    "not early": (Tuning(hopper=HopperTuning(early=False)), BF16),
-    "not peeled": (Tuning(hopper=HopperTuning(peeled=False)), BF16),
+    "3 stages": (Tuning(hopper=HopperTuning(stages=3)), BF16),
     "fp8 by Triton": (Tuning(), "float8_e4m3fn"),
 }
 

@@ -188,7 +188,10 @@ class Programs:
         return self.placement.abstract(jax.eval_shape(self._empty(init_kv)), STATE)
 
     def jobs(self, params: Any, init_kv: Callable[[], Any]) -> list[Job]:
-        """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs."""
+        """Everything to compile, the slowest first. params: arrays or ShapeDtypeStructs.
+
+        Raises what the backend's `check_jobs` does.
+        """
         machine, dims, place = self.machine, self.machine.dims, self.placement
         params, state = place.abstract(params, place.params), self.empty_state(init_kv)
         empty = self._empty(init_kv, each=place.cores)
@@ -218,18 +221,7 @@ class Programs:
                 where = self._put(self.forward, functions.forward_key(rows, tokens, pages))
                 jobs.append(Job(name, where, function, arguments, (1,), rows + tokens, (), slots))
         jobs += self._whole_jobs(params, state)
-        for rows in self.limits.several_rows:
-            for greedy in (True, False):
-                name = f"{'greedy' if greedy else 'plain'} steps of {rows} rows"
-                function = place.program(
-                    functions.several(machine, rows, self.limits.steps, greedy),
-                    (place.params, STATE),
-                    (STATE, ROWS, ROWS),
-                )
-                where = self._put(self.several, (rows, greedy))
-                static = (self.limits.steps,)
-                read = thin.GREEDY if greedy else thin.SAMPLE
-                jobs.append(Job(name, where, function, (params, state), (1,), rows, static, read))
+        jobs += self._several_jobs(params, state)
         for rows, tokens in self.shapes():
             passed = self._passed(params, rows, tokens)
             if tokens and tokens not in self.score:
@@ -246,6 +238,7 @@ class Programs:
                 )
             elif not tokens:
                 jobs += self._sample_jobs(head, state.slots, passed, rows)
+        machine.backend.check_jobs(jobs)
         return jobs
 
     def _whole_jobs(self, params: Any, state: Any) -> list[Job]:
@@ -270,6 +263,23 @@ class Programs:
             for rows in self.limits.row_buckets
             for greedy in (True, False)
         ]
+
+    def _several_jobs(self, params: Any, state: Any) -> list[Job]:
+        """A few decode steps that are one program, for small models."""
+        place, jobs = self.placement, []
+        for rows in self.limits.several_rows:
+            for greedy in (True, False):
+                name = f"{'greedy' if greedy else 'plain'} steps of {rows} rows"
+                function = place.program(
+                    functions.several(self.machine, rows, self.limits.steps, greedy),
+                    (place.params, STATE),
+                    (STATE, ROWS, ROWS),
+                )
+                where = self._put(self.several, (rows, greedy))
+                static = (self.limits.steps,)
+                read = thin.GREEDY if greedy else thin.SAMPLE
+                jobs.append(Job(name, where, function, (params, state), (1,), rows, static, read))
+        return jobs
 
     def _sample_jobs(self, head: Any, slots: Any, passed: Any, rows: int) -> list[Job]:
         """Sampling sees the same rows whether or not there were chunk tokens beside them."""

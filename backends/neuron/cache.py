@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -29,8 +29,10 @@ from octavo.backends.neuron.errors import (
 )
 from octavo.backends.neuron.exported import Exported
 from octavo.backends.neuron.hlo import Module
+from octavo.backends.neuron.targets import check_length
 
 FORMAT = 1  # of what is kept, and of what the exporter makes
+HISTORY = "state.slots.history"  # the tokens of every slot: as wide as the longest sequence
 KILLED_OR_LATE = ("it was killed", "it took more than", "it ended well")
 
 
@@ -56,14 +58,15 @@ class NeffCache:
     def get(self, exported: Exported, options: Options) -> bytes:
         """The NEFF of a graph, compiled now where it is not kept.
 
-        Raises CacheMiss, CompilerMissing or CompileFailed.
+        Raises CacheMiss, CompilerMissing, CompileFailed, NeffInvalid, NeffTargetMismatch or
+        SequenceExceedsBuckets.
         """
         name = self.key(exported, options)
         folder = self._kept(name, options)
         if folder is None:
             folder = self._folder(name, options)
             if self.require_cached or self.compiler is None:
-                self._check_targets(exported.name, options)
+                self._check_kept(exported, options)
             if self.require_cached:
                 raise CacheMiss(exported.name, folder)
             if self.compiler is None:
@@ -97,14 +100,21 @@ class NeffCache:
         there = [place for place in places if (place / "model.neff").exists()]
         return max(there, key=lambda place: place.stat().st_mtime, default=None)
 
-    def _check_targets(self, graph: str, options: Options) -> None:
-        """Raises NeffTargetMismatch where the graph was compiled, but for other hardware only."""
-        here, found = options.target.name, set()
-        for manifest in self.root.glob("*/*/*/manifest.json"):
-            if json.loads(manifest.read_text())["name"] == graph:
-                found.add(manifest.parent.parent.name)
-        if found and here not in found:
-            raise NeffTargetMismatch(graph, min(found), here)
+    def _check_kept(self, exported: Exported, options: Options) -> None:
+        """Raises NeffTargetMismatch or SequenceExceedsBuckets where the graph was compiled, but
+        for other hardware or for shorter sequences only."""
+        here = options.target.name
+        lengths: dict[str, list[int]] = {}  # by target, of each compiled graph of that name
+        for path in self.root.glob("*/*/*/manifest.json"):
+            manifest = json.loads(path.read_text())
+            if manifest["name"] == exported.name:
+                inputs = [(tensor["leaf"], tensor["shape"]) for tensor in manifest["inputs"]]
+                lengths.setdefault(path.parent.parent.name, []).append(_length(inputs))
+        if lengths and here not in lengths:
+            raise NeffTargetMismatch(exported.name, min(lengths), here)
+        length = _length([(tensor.leaf, tensor.shape) for tensor in exported.inputs])
+        if here in lengths and length:
+            check_length(length, lengths[here])
 
     def _make(self, folder: Path, exported: Exported, options: Options, compiler: Compiler) -> None:
         failed = folder.with_suffix(".failed.json")
@@ -129,6 +139,11 @@ class NeffCache:
         _write(building / "manifest.json", json.dumps(manifest, indent=1).encode())
         log.rename(building / "log")
         building.rename(folder)
+
+
+def _length(inputs: Iterable[tuple[str, Sequence[int]]]) -> int:
+    """The longest sequence that a graph was made for; 0 where it does not see that."""
+    return next((shape[-1] for leaf, shape in inputs if leaf == HISTORY), 0)
 
 
 def without_sources(hlo: bytes) -> bytes:

@@ -1,8 +1,9 @@
-"""The checks of `octavo doctor neuron`: what is installed, what runs, what the compiler takes.
+"""The checks of `octavo doctor neuron`: what is installed and what runs; probes.py has the rest.
 
 Each takes a `conformance.Bench`, returns what it found, and raises where that is not as it must be.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -18,16 +19,17 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from octavo.backends.neuron import detect, lint, targets
 from octavo.backends.neuron.compiler import Options
-from octavo.backends.neuron.conformance import Bench, Check, Entry
-from octavo.backends.neuron.errors import CompileFailed, NeuronError, NrtError
+from octavo.backends.neuron.conformance import Bench, Entry
+from octavo.backends.neuron.errors import NeuronError, NrtError
 from octavo.backends.neuron.export import Graph, Signature, export
-from octavo.backends.neuron.exported import Exported
 from octavo.backends.neuron.ops import FlatKV, attend
+from octavo.backends.neuron.probes import PROBES
 from octavo.backends.neuron.runner import Cores
 from octavo.backends.neuron.settings import Settings
 from octavo.pallas_kernels.attention.batch import RaggedBatch
 
 CHILD_SECONDS = 600
+LNC = "NEURON_LOGICAL_NC_CONFIG"
 TOLERANCE = 2e-2  # of bfloat16 attention against the host's
 S, K, D, H, PAGES, ROWS = 32, 2, 64, 4, 9, 2  # page, key heads, head, query heads, pages, rows
 
@@ -78,7 +80,9 @@ def _donation(bench: Bench) -> str:
         taken.close()
     try:
         ask = [sys.executable, "-c", _ASK_JAX]
-        child = subprocess.run(ask, capture_output=True, text=True, timeout=CHILD_SECONDS)
+        child = subprocess.run(
+            ask, capture_output=True, text=True, timeout=CHILD_SECONDS, env=_jax_environment(bench)
+        )
     finally:
         if taken is not None:
             bench.cores = Cores(Settings.read().libnrt)
@@ -88,6 +92,12 @@ def _donation(bench: Bench) -> str:
     if not said[-1].endswith("right"):
         raise RuntimeError("donated arrays hold wrong numbers: the engine copies instead")
     return said[-1]
+
+
+def _jax_environment(bench: Bench) -> dict[str, str]:
+    """Of a target whose cores are what they are, without the variable that joins them."""
+    joined = bench.target is not None and len(bench.target.lnc) > 1
+    return {name: v for name, v in os.environ.items() if joined or name != LNC}
 
 
 # What the compiler calls some of XLA's operators.
@@ -286,38 +296,6 @@ def _wrong_target(bench: Bench) -> str:
     raise RuntimeError(f"a NEFF for {other.name} was loaded")
 
 
-# --- what the compiler takes, although Octavo does not need it
-
-
-def _compiles(name: str, hlo: bytes, bench: Bench) -> str:
-    assert bench.compiler is not None and bench.target is not None
-    exported = Exported(name, hlo, (), (), (), 1)
-    try:
-        bench.cache().get(exported, bench.options())
-    except CompileFailed as error:
-        raise RuntimeError(f"refused ({error.code or 'see ' + str(error.log)})") from None
-    return "accepted"
-
-
-def _raw(name: str, function: Callable[..., Any], *shapes: Any) -> Check:
-    """The module as jax lowers it: 64-bit ids, calls, and whatever the function asks for."""
-
-    def check(bench: Bench) -> str:
-        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cpu",))
-        hlo = lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
-        return _compiles(name, hlo, bench)
-
-    return check
-
-
-def _stablehlo(bench: Bench) -> str:
-    shape = jax.ShapeDtypeStruct((128, 128), jnp.float32)
-    lowered = jax.jit(lambda x: x @ x).trace(shape).lower(lowering_platforms=("cpu",))
-    return _compiles("stablehlo", str(lowered.compiler_ir("stablehlo")).encode(), bench)
-
-
-_F32 = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
-_CALLED = jax.jit(lambda x: x * 2 + 1)
 CHECKS: tuple[Entry, ...] = (
     ("devices", _devices, "", True),
     ("runtime", _runtime, "", True),
@@ -333,18 +311,5 @@ CHECKS: tuple[Entry, ...] = (
     ("collective of 2 cores", partial(_collective, 2), 2, False),
     ("collective of 12 cores", partial(_collective, 12), 12, False),
     ("speed of gathered pages", _gather_speed, 1, False),
-    ("probe: ids and calls as jax writes them", _raw("raw", _CALLED, _F32), "compiler", False),
-    (
-        "probe: top-k as jax writes it",
-        _raw("top_k", lambda x: jax.lax.top_k(x, 8), _F32),
-        "compiler",
-        False,
-    ),
-    (
-        "probe: reduce by `and`",
-        _raw("reduce_and", lambda x: jnp.all(x > 0, axis=1), _F32),
-        "compiler",
-        False,
-    ),
-    ("probe: StableHLO as input", _stablehlo, "compiler", False),
+    *PROBES,
 )

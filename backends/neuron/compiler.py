@@ -21,6 +21,7 @@ from octavo.backends.neuron.targets import Target
 
 TIME_LIMIT = 3600.0  # seconds; a large graph takes tens of minutes
 LIST_SECONDS = 120
+PROMPT = 128  # tokens from which a graph is a prompt's, which compiles for long
 ERROR = re.compile(r"\bNCC_[A-Z]+\d+\b")
 _SMALLER = (
     "use a smaller --max-num-batched-tokens and a shorter --max-model-len, or more cores with "
@@ -61,6 +62,11 @@ class Options:
         if len(self.target.lnc) > 1:
             flags += ["--lnc", str(self.lnc or self.target.lnc[0])]
         return (*flags, *self.extra)
+
+
+def options_for(target: Target, tokens: int, lnc: int = 0, extra: tuple[str, ...] = ()) -> Options:
+    """How a graph that runs so many tokens is compiled: the same ahead and at a start."""
+    return Options(target, 1 if tokens >= PROMPT else 2, lnc, extra)
 
 
 class Compiler:

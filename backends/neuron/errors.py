@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 GUIDE = "docs/neuron.md"
+RULES = "docs/neuron-graphs.md"
 INDEX = f"install it from AWS's own package index; {GUIDE} has the command"
 
 
@@ -85,10 +86,10 @@ class HeadsNotDivisible(NeuronError):
 class UnsupportedDtype(NeuronError):
     """A type that the hardware has not."""
 
-    def __init__(self, dtype: str, target: str, known: Sequence[str]) -> None:
+    def __init__(self, field: str, dtype: str, target: str, known: Sequence[str]) -> None:
         super().__init__(
-            f"{target} does not compute in {dtype}",
-            f"use --dtype {_either(known)}; checkpoints in float8_e4m3fn are converted by that",
+            f"`{field}` asks for {dtype}, in which {target} does not compute",
+            f"use --{field.replace('_', '-')} {_either(known)}",
         )
 
 
@@ -130,7 +131,7 @@ class LintError(NeuronError):
         more = f"; and {len(findings) - 5} more" if len(findings) > 5 else ""
         super().__init__(
             f"graph {graph} breaks {len(findings)} of the compiler's rules: {shown}{more}",
-            f"write these in the forms that {GUIDE} lists",
+            f"write these in the forms that {RULES} lists",
         )
         self.findings = tuple(findings)
 

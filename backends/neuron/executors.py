@@ -15,11 +15,9 @@ import numpy as np
 
 from octavo.backends.neuron import export, lint, targets
 from octavo.backends.neuron.cache import NeffCache
-from octavo.backends.neuron.compiler import Options
-from octavo.backends.neuron.errors import LintError, NoNeuronDevice
+from octavo.backends.neuron.compiler import options_for
+from octavo.backends.neuron.errors import NoNeuronDevice
 from octavo.backends.neuron.runner import Cores
-
-MANY = 128  # tokens from which a program is a prompt's, which compiles for long
 
 
 class Job(export.Job, Protocol):
@@ -77,15 +75,10 @@ class Aot:
         if not export.can_export(job):
             return self._first_state(job)
         graph = export.export_job(job, self.cores.ranks)
-        if found := lint.errors(lint.lint(graph.exported, self.target)):
-            raise LintError(graph.exported.name, found)
-        data = self.cache.get(graph.exported, self.options(job))
+        lint.check(graph.exported, self.target)
+        options = options_for(self.target, job.tokens, self._lnc, self._flags)
+        data = self.cache.get(graph.exported, options)
         return graph.call(self.cores.load(graph.exported, data))
-
-    def options(self, job: Job) -> Options:
-        """How a program is compiled."""
-        level = 1 if job.tokens >= MANY else 2
-        return Options(self.target, level, self._lnc, self._flags)
 
     def _first_state(self, job: Job) -> Callable[[], Any]:
         """What makes the empty state is no graph: the cache becomes zeros where it lies, and the

@@ -5,6 +5,7 @@ in `Instruction.rest` and are written back as they came.
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from octavo.backends.neuron.wire import Message
 
@@ -55,6 +56,7 @@ class Shape:
     dynamic: bool = False
 
     @staticmethod
+    @lru_cache(maxsize=4096)  # a graph has thousands of operations, and few shapes
     def parse(data: bytes) -> "Shape":
         message = Message.parse(data)
         parts = tuple(Shape.parse(part) for part in message.all(4))

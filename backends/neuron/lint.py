@@ -6,11 +6,13 @@ that indices read from it are in bounds is the engine's own invariant, tested th
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from octavo.backends.neuron import hlo, ranges
+from octavo.backends.neuron.errors import LintError
 from octavo.backends.neuron.exported import Exported
 from octavo.backends.neuron.hlo import Computation, Instruction, Module, Shape, Sources
 from octavo.backends.neuron.wire import Message, unpack_floats
@@ -50,13 +52,13 @@ class Finding:
 
     rule: str  # "N006"
     message: str  # what is wrong and what to write instead
-    operation: str = ""  # "reduce.17 f32[4]"
+    operation: str  # "reduce.17 f32[4]"
     where: str = ""  # "octavo/engine/step.py:120"
     severity: str = "error"  # or "warning": it may well work
 
     def __str__(self) -> str:
-        place = f" ({self.operation}" + (f" from {self.where}" if self.where else "") + ")"
-        return f"{self.rule}: {self.message}{place if self.operation else ''}"
+        place = f" from {self.where}" if self.where else ""
+        return f"{self.rule}: {self.message} ({self.operation}{place})"
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Context:
     sources: Sources
     computation: Computation
     by_id: dict[int, Instruction]  # of the computation
+    users: dict[int, list[Instruction]]  # by the id of what they use
     instruction: Instruction
 
     @property
@@ -77,10 +80,12 @@ class Context:
 
     def found(self, rule: str, message: str, severity: str = "error") -> Finding:
         """A finding about this instruction."""
-        one = self.instruction
-        return Finding(
-            rule, message, f"{one.name} {one.parsed_shape()}", self.sources.of(one), severity
-        )
+        return _finding(rule, message, self.instruction, self.sources, severity)
+
+
+def _finding(rule: str, message: str, one: Instruction, sources: Sources, severity: str) -> Finding:
+    operation = f"{one.name} {one.parsed_shape()}"
+    return Finding(rule, message, operation, sources.of(one), severity)
 
 
 def lint(exported: Exported, target: Any) -> list[Finding]:
@@ -90,10 +95,23 @@ def lint(exported: Exported, target: Any) -> list[Finding]:
     sources = module.sources()
     for computation in module.computations:
         by_id = {i.id: i for i in computation.instructions}
+        users = defaultdict(list)
         for instruction in computation.instructions:
-            context = Context(exported, target, module, sources, computation, by_id, instruction)
+            for operand in instruction.operands:
+                users[operand].append(instruction)
+        around = (exported, target, module, sources, computation, by_id, users)
+        for instruction in computation.instructions:
+            context = Context(*around, instruction)
             for rule in RULES:
                 findings += rule(context)
+    return findings
+
+
+def check(exported: Exported, target: Any) -> list[Finding]:
+    """The findings that are warnings. Raises LintError."""
+    findings = lint(exported, target)
+    if found := errors(findings):
+        raise LintError(exported.name, found)
     return findings
 
 
@@ -111,45 +129,61 @@ def errors(findings: list[Finding]) -> list[Finding]:
 
 
 def _whole(exported: Exported, target: Any, module: Module) -> Iterator[Finding]:
-    ids = [i.id for c in module.computations for i in c.instructions]
-    if sorted(ids) != list(range(1, len(ids) + 1)):
-        yield Finding(
-            "N010", f"{len(ids)} operations have ids up to {max(ids)}; number them from 1"
-        )
+    main, sources = module.main, module.sources()
+    every = [(c, i) for c in module.computations for i in c.instructions]
+
+    def found(rule: str, message: str, one: Instruction, severity: str = "error") -> Finding:
+        return _finding(rule, message, one, sources, severity)
+
+    ids = sorted(i.id for _, i in every)
+    if ids != list(range(1, len(ids) + 1)):
+        widest = max((i for _, i in every), key=lambda i: i.id)
+        message = f"{len(ids)} operations have ids up to {ids[-1]}; number them from 1"
+        yield found("N010", message, widest)
     if exported.nbytes > target.usable:
-        yield Finding(
+        largest = max(exported.inputs, key=lambda t: t.nbytes)
+        yield found(
             "N014",
-            f"inputs and outputs are {exported.nbytes:,} bytes a core, and {target.name} has "
-            f"{target.usable:,}; use more cores, a shorter --max-model-len or fewer --num-pages",
+            f"inputs and outputs are {exported.nbytes:,} bytes a core, the largest {largest.leaf}, "
+            f"and {target.name} has {target.usable:,}; use more cores, a shorter --max-model-len "
+            "or fewer --num-pages",
+            main.parameters[exported.inputs.index(largest)],
         )
-    estimate = sum(_tiles(c, i) for c in module.computations for i in c.instructions)
-    if estimate > MOST_INSTRUCTIONS:
-        yield Finding(
+    tiles = [_tiles(c, i) for c, i in every]
+    if sum(tiles) > MOST_INSTRUCTIONS:
+        yield found(
             "N017",
-            f"about {estimate:,} machine instructions, and a NEFF holds {MOST_INSTRUCTIONS:,}; use "
-            "smaller buckets or more cores",
-            severity="warning",
+            f"about {sum(tiles):,} machine instructions, most of them in one operation, and a NEFF "
+            f"holds {MOST_INSTRUCTIONS:,}; use smaller buckets or more cores",
+            every[tiles.index(max(tiles))][1],
+            "warning",
         )
-    aliased = {exported.outputs[output].leaf for output, _ in exported.aliases}
-    for tensor in exported.outputs:
+    groups: set[tuple[tuple[int, ...], ...]] = set()
+    for _, one in every:
+        groups |= {tuple(map(tuple, _groups(one)))} - {()}
+        if len(groups) > MOST_GROUPS:
+            message = f"more than {MOST_GROUPS} different groups of ranks, this the first too many"
+            yield found("N012", f"{message}; let collectives share groups", one)
+            break
+    made = [main.instruction(o) for o in main.instruction(main.root).operands]
+    for rule, message, output, severity in _aliases(exported):
+        yield found(rule, message, made[output], severity)
+
+
+def _aliases(exported: Exported) -> Iterator[tuple[str, str, int, str]]:
+    """(rule, message, output, severity) of what is not updated where it lies."""
+    inputs, outputs = exported.inputs, exported.outputs
+    aliased = {outputs[output].leaf for output, _ in exported.aliases}
+    for at, tensor in enumerate(outputs):
         if tensor.leaf.startswith("state.") and tensor.leaf not in aliased:
-            yield Finding(
-                "N020",
-                f"{tensor.leaf} is written to a new buffer; donate it, so that it stays in place",
-                severity="error" if tensor.leaf.startswith("state.kv") else "warning",
-            )
+            message = f"{tensor.leaf} is written to a new buffer; donate it, so that it stays"
+            severity = "error" if tensor.leaf.startswith("state.kv") else "warning"
+            yield "N020", f"{message} in place", at, severity
     for output, parameter in exported.aliases:
-        if exported.outputs[output].leaf != exported.inputs[parameter].leaf:
-            yield Finding(
-                "N020",
-                f"{exported.outputs[output].leaf} shares the buffer of "
-                f"{exported.inputs[parameter].leaf}; only one leaf may be in a buffer",
-            )
-    groups = {
-        tuple(map(tuple, _groups(i))) for c in module.computations for i in c.instructions
-    } - {()}
-    if len(groups) > MOST_GROUPS:
-        yield Finding("N012", f"{len(groups)} different groups of ranks; at most {MOST_GROUPS}")
+        here, there = outputs[output].leaf, inputs[parameter].leaf
+        if here != there:
+            message = f"{here} shares the buffer of {there}; only one leaf may be in a buffer"
+            yield "N020", message, output, "error"
 
 
 def _tiles(computation: Computation, instruction: Instruction) -> int:
@@ -343,9 +377,9 @@ def _constants(c: Context) -> Iterator[Finding]:
 
 def _only_begins(c: Context) -> bool:
     """Whether the constant only begins reductions, where -inf is the maximum of nothing."""
-    users = [i for i in c.computation.instructions if c.instruction.id in i.operands]
     return all(
-        user.opcode == "reduce" and user.operands.index(c.instruction.id) == 1 for user in users
+        user.opcode == "reduce" and user.operands.index(c.instruction.id) == 1
+        for user in c.users.get(c.instruction.id, ())
     )
 
 

@@ -64,19 +64,18 @@ def attend(
     scale: float,
     softcap: float,
     sinks: jax.Array | None = None,
-    kv_scales: jax.Array | None = None,
 ) -> tuple[jax.Array, FlatKV]:
     """Write, then attend. q [N, H, D], k and v [N, K, D] -> [N, H, D] in the dtype of q.
 
-    N is R decode rows, or T tokens of the first chunk. sinks f32[H] and kv_scales f32[2, K] as in
-    octavo.pallas_kernels.attention.reference.
+    N is R decode rows, or T tokens of the first chunk. sinks f32[H] as in
+    octavo.pallas_kernels.attention.reference; a cache of 8 bits is refused before (record.py).
     """
     N, H, D = q.shape
     K = k.shape[1]
     decodes = batch.row_start.shape[0] > 0
     cache = FlatKV(
-        k=_write(cache.k, k, batch.dest, None if kv_scales is None else kv_scales[0]),
-        v=_write(cache.v, v, batch.dest, None if kv_scales is None else kv_scales[1]),
+        k=_write(cache.k, k, batch.dest),
+        v=_write(cache.v, v, batch.dest),
     )
     if decodes:
         table, position = batch.table, batch.position[:, None]  # [R, C], [R, 1]
@@ -86,18 +85,12 @@ def attend(
         position = batch.position[None]  # [1, T]
         queries = q.reshape(1, N, K, H // K, D)
     keys, values = (_read(pool, table, batch.page_size, K, D) for pool in (cache.k, cache.v))
-    if kv_scales is not None:
-        keys = keys.astype(jnp.float32) * kv_scales[0][:, None]
-        values = values.astype(jnp.float32) * kv_scales[1][:, None]
     y = _dense(queries, keys, values, position, window, scale, softcap, sinks)
     return y.reshape(N, H, D).astype(q.dtype), cache
 
 
-def _write(pool: jax.Array, new: jax.Array, dest: jax.Array, scale: jax.Array | None) -> jax.Array:
+def _write(pool: jax.Array, new: jax.Array, dest: jax.Array) -> jax.Array:
     """pool [P * S, K * D] with new [N, K, D] at the rows dest i32[N]."""
-    if scale is not None:
-        most = float(jnp.finfo(pool.dtype).max)  # type: ignore[no-untyped-call]
-        new = jnp.clip(new.astype(jnp.float32) / scale[:, None], -most, most)
     rows = new.reshape(new.shape[0], -1).astype(pool.dtype)
     return pool.at[dest].set(rows, mode="promise_in_bounds", wrap_negative_indices=False)
 

@@ -4,7 +4,7 @@ The figures are AWS's documented ones. `tensor_parallel` are the numbers of core
 documents as usable together; 12 on Inferentia2 stands in one of its pages only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from octavo.backends.neuron.errors import (
@@ -19,11 +19,12 @@ from octavo.backends.neuron.errors import (
 
 GiB = 1 << 30
 USABLE = 0.92  # of a core's memory: the rest is the runtime's own, and scratch
-MOST_GRAPHS = 24  # each is a compile of minutes, and its code lies in the core's memory
+# Each is a compile of minutes, and its code lies in the core's memory. The defaults make 19;
+# one more bucket of rows and of tokens, 28.
+MOST_GRAPHS = 36
 MOST_COMMUNICATORS = 16  # different groups of ranks in one graph
 
 FLOATS = ("float32", "bfloat16", "float16")
-INTEGERS = ("int32", "uint32", "uint8", "bool")
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,10 @@ def check_parallel(target: Target, cores: int, heads: int) -> None:
         raise HeadsNotDivisible(heads, cores, fitting)
 
 
-def check_dtype(target: Target, dtype: str) -> None:
+def check_dtype(target: Target, dtype: str, field: str = "dtype") -> None:
     """Raises UnsupportedDtype where the target has no such type, under numpy's name of it."""
-    if dtype not in (*FLOATS, *INTEGERS, *target.fp8):
-        raise UnsupportedDtype(dtype, target.name, (*FLOATS, *target.fp8))
+    if dtype not in (*FLOATS, *target.fp8):
+        raise UnsupportedDtype(field, dtype, target.name, FLOATS)
 
 
 def check_x64(enabled: bool) -> None:
@@ -168,13 +169,13 @@ def check_x64(enabled: bool) -> None:
         raise X64Enabled
 
 
-def check_graphs(names: tuple[str, ...], most: int = MOST_GRAPHS) -> None:
+def check_graphs(names: Sequence[str], most: int = MOST_GRAPHS) -> None:
     """Raises TooManyGraphs where more would be compiled than anybody waits for."""
     if len(names) > most:
         raise TooManyGraphs(len(names), most)
 
 
-def check_length(length: int, buckets: tuple[int, ...]) -> None:
+def check_length(length: int, buckets: Sequence[int]) -> None:
     """Raises SequenceExceedsBuckets where no graph sees so long a context."""
     if length > max(buckets):
         raise SequenceExceedsBuckets(length, max(buckets))

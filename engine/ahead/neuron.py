@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from octavo.backends.neuron import export, lint, targets
-from octavo.backends.neuron.compiler import Options
-from octavo.backends.neuron.errors import CompilerMissing, LintError, NeuronError
+from octavo.backends.neuron.compiler import options_for
+from octavo.backends.neuron.errors import CompilerMissing, NeuronError
 from octavo.backends.neuron.exported import Exported
 from octavo.backends.neuron.record import record
 from octavo.backends.neuron.settings import Settings
@@ -27,7 +27,6 @@ from octavo.engine.prepare import readable
 from octavo.engine.programs import Job, Programs
 from octavo.engine.step import Machine
 
-PROMPT = 128  # tokens from which a graph is a prompt's, which compiles for long
 THREADS = 8  # that wait for compilers; how many of those run at once, the compiler's record says
 
 
@@ -176,7 +175,6 @@ def _sizes(wanted: Wanted) -> tuple[targets.Target, int, Resolved]:
     targets.check_parallel(target, ranks, facts.H)
     backend = record(target, f"neuron: for {target.name}, which is not here")
     resolved = resolve(config, backend, facts)
-    targets.check_dtype(target, str(resolved.dtype))
     return target, ranks, resolved
 
 
@@ -208,9 +206,7 @@ def _jobs(target: targets.Target, resolved: Resolved) -> list[Job]:
 
 def _checked(graph: Exported, target: targets.Target, folder: Path) -> Made:
     """Hold a graph against the rules and write it down. Raises LintError."""
-    findings = lint.lint(graph, target)
-    if found := lint.errors(findings):
-        raise LintError(graph.name, found)
+    findings = lint.check(graph, target)
     (folder / f"{graph.name}.hlo.pb").write_bytes(graph.hlo)
     ports = {"aliases": graph.aliases, "ranks": graph.ranks}
     ports |= {side: [asdict(t) for t in getattr(graph, side)] for side in ("inputs", "outputs")}
@@ -238,8 +234,8 @@ def _compiled(
 
     def one(pair: tuple[Job, Exported]) -> int:
         job, graph = pair
-        level = 1 if job.tokens >= PROMPT else 2
-        return len(cache.get(graph, Options(target, level, settings.lnc, settings.flags)))
+        options = options_for(target, job.tokens, settings.lnc, settings.flags)
+        return len(cache.get(graph, options))
 
     made = []
     with ThreadPoolExecutor(THREADS) as threads:

@@ -53,8 +53,6 @@ class HopperTuning:
 
     tile: int = 128  # keys
     stages: int = 2  # tiles of keys and of values on their way
-    early: bool = True  # the memory warpgroup knows a tile's places one tile before it copies
-    peeled: bool = True  # the last block ends without a tile that is multiplied for nothing
 
 
 HOPPER = HopperTuning()
@@ -103,8 +101,6 @@ class _Static:
     softcap: float
     dtype: Any
     sinks: bool
-    early: bool
-    peeled: bool
 
     @property
     def pieces(self) -> int:
@@ -214,20 +210,17 @@ def _copy_queries(c: _Static, m: _Shared, walk, turn, q_ref):
 def _fetch(c: _Static, m: _Shared, walk, following, turn, done, count, places, refs):
     """The memory warpgroup's part of one block: keep tiles on their way to the mixers.
 
-    `places` are the first tile's; returns those of the following block's first tile, where they
-    are known early.
+    `places` are the first tile's; returns those of the following block's first tile: the places of
+    a tile are known one tile before it is copied.
     """
     q_ref, table_ref, k_pages, v_pages = refs
 
     def turn_of(n, places):
         stage = lax.rem(done + n, jnp.int32(c.stages))
-        if c.early:
-            mine = n + 1 < count
-            source = jax.tree.map(lambda a, b: jnp.where(mine, a, b), walk, following)
-            tile = jnp.where(mine, walk.last - 2 - n, following.last - 1)
-            ahead = _places(c, source, tile, table_ref)
-        else:
-            places, ahead = _places(c, walk, walk.last - 1 - n, table_ref), places
+        mine = n + 1 < count
+        source = jax.tree.map(lambda a, b: jnp.where(mine, a, b), walk, following)
+        tile = jnp.where(mine, walk.last - 2 - n, following.last - 1)
+        ahead = _places(c, source, tile, table_ref)
         plgpu.barrier_wait(m.k_freed.at[stage])
         _copy(c, k_pages, m.k_tiles, m.k_arrived, stage, places)
         pl.when(n == 0)(functools.partial(_copy_queries, c, m, walk, turn, q_ref))
@@ -450,11 +443,8 @@ def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, 
         loaded, next_loaded = load(0), load(1)
         soft = _begin(c, m, mine, _walk(c, loaded))
         carry = (jnp.int32(0), loaded, next_loaded, soft)
-        if c.peeled:
-            carry = lax.fori_loop(0, turns - 1, work, carry)
-            work(turns - 1, carry, final=True)
-        else:
-            lax.fori_loop(0, turns, work, carry)
+        carry = lax.fori_loop(0, turns - 1, work, carry)
+        work(turns - 1, carry, final=True)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when((mine == MIXERS) & (turns > 0))
@@ -464,32 +454,19 @@ def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, 
 
 
 def _supply(c: _Static, m: _Shared, load, turns, refs):
-    """The memory warpgroup: all blocks, and one tile of the last once more if that is expected."""
+    """The memory warpgroup: all blocks."""
 
-    def tiles(turn, walk):
-        return jnp.where(turn < turns, walk.last - walk.first, 1)
-
-    def work(turn, done):
-        walk = _walk(c, load(turn))
-        count = tiles(turn, walk)
-        _fetch(c, m, walk, None, turn, done, count, (), refs)
-        return done + count
-
-    def work_early(turn, carry):
+    def work(turn, carry):
         done, loaded, places = carry
         walk, next_loaded = _walk(c, loaded), load(turn + 1)
-        count = tiles(turn, walk)
+        count = walk.last - walk.first
         places = _fetch(c, m, walk, _walk(c, next_loaded), turn, done, count, places, refs)
         return done + count, next_loaded, places
 
-    end = turns if c.peeled else turns + 1
-    if c.early:
-        loaded = load(0)
-        walk = _walk(c, loaded)
-        places = _places(c, walk, walk.last - 1, refs[1])
-        lax.fori_loop(0, end, work_early, (jnp.int32(0), loaded, places))
-    else:
-        lax.fori_loop(0, end, work, jnp.int32(0))
+    loaded = load(0)
+    walk = _walk(c, loaded)
+    places = _places(c, walk, walk.last - 1, refs[1])
+    lax.fori_loop(0, turns, work, (jnp.int32(0), loaded, places))
 
 
 def longest_first(plan: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
@@ -559,7 +536,7 @@ def prefill_hopper(
     c = _Static(
         H=H, K=K, S=S, D=D, tile=tuning.tile, run=min(S, tuning.tile), stages=tuning.stages,
         programs=min(PROGRAMS, plan.shape[0] * H), window=window, scale=scale, softcap=softcap,
-        dtype=q.dtype, sinks=sinks is not None, early=tuning.early, peeled=tuning.peeled,
+        dtype=q.dtype, sinks=sinks is not None,
     )  # fmt: skip
     pages = (cache.k.reshape(P * K * S, D), cache.v.reshape(P * K * S, D))
     y_ref = jax.new_ref(y)

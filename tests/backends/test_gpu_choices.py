@@ -15,9 +15,9 @@ def test_nothing_asked_is_what_was_measured_to_be_the_fastest() -> None:
 
 
 def test_names_and_values_override_what_was_measured() -> None:
-    found = gpu_choices.read("tile=32, parts=1056, early, xla_gpu_autotune_level=4")
+    found = gpu_choices.read("tile=32, parts=1056, stages=3, xla_gpu_autotune_level=4")
     assert found.tuning.decode == replace(TUNING.decode, tile=32, parts=1056)
-    assert found.tuning.hopper.early is True
+    assert found.tuning.hopper.stages == 3
     assert gpu.compiler_options(found, 8) == {"xla_gpu_autotune_level": 4}
 
 

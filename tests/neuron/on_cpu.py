@@ -18,6 +18,12 @@ XlaComputation: Any = getattr(xla, "XlaComputation", None) or getattr(
 DTYPES = {"u8": "uint8", "s32": "int32", "u32": "uint32", "f32": "float32", "bf16": "bfloat16"}
 
 
+# A test runs a graph a few dozen times, and compiling it well would take three times as long; so
+# would fusing the written out passes of the graphs that sample.
+QUICK = {"xla_backend_optimization_level": 0}
+SAMPLING = ("sample", "masked", "rich")
+
+
 class Ranks:
     """One array on several devices, a part or a copy on each: what the engine asks of an array."""
 
@@ -48,17 +54,24 @@ class Ranks:
     def delete(self) -> None: ...
 
 
-def load(exported: Exported, devices: Sequence[Any] | None = None) -> Callable[..., list[Any]]:
-    """run(inputs) -> outputs: arrays, or with several ranks `Ranks`."""
-    devices = list(devices or jax.devices("cpu")[: exported.ranks])
-    module = xla.mlir.xla_computation_to_mlir_module(XlaComputation(exported.hlo))
+def compiled(computation: Any, devices: Sequence[Any]) -> Any:
+    """An executable of an XlaComputation, one replica a device."""
+    module = xla.mlir.xla_computation_to_mlir_module(computation)
     options = xla.CompileOptions()
-    options.num_replicas, options.num_partitions = exported.ranks, 1
+    options.num_replicas, options.num_partitions = len(devices), 1
     options.device_assignment = xla.DeviceAssignment.create(
-        np.arange(exported.ranks, dtype=np.int32)[:, None]
+        np.arange(len(devices), dtype=np.int32)[:, None]
     )
-    client = devices[0].client
-    program = client.compile_and_load(module, xla.DeviceList(tuple(devices)), options)
+    options.env_option_overrides = list(QUICK.items())
+    if computation.name().startswith(SAMPLING):
+        options.env_option_overrides += [("xla_disable_hlo_passes", "fusion")]
+    return devices[0].client.compile_and_load(module, xla.DeviceList(tuple(devices)), options)
+
+
+def load(exported: Exported) -> Callable[..., list[Any]]:
+    """run(inputs) -> outputs: arrays, or with several ranks `Ranks`."""
+    devices = jax.devices("cpu")[: exported.ranks]
+    program = compiled(XlaComputation(exported.hlo), devices)
 
     def run(inputs: list[Any]) -> list[Any]:
         many = [one.parts if isinstance(one, Ranks) else [one] for one in inputs]

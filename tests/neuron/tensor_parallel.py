@@ -1,6 +1,6 @@
 """Runs exported graphs of several ranks on as many virtual CPU devices; a program of its own.
 
-python -m tests.neuron.tensor_parallel llama:2 gemma3:8
+python -m tests.neuron.tensor_parallel llama:2:drawn gemma3:8
 """
 
 import os
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from octavo.backends.neuron import export
-from octavo.backends.neuron.lint import errors, lint
+from octavo.backends.neuron.lint import check
 from octavo.backends.neuron.record import record
 from octavo.backends.neuron.targets import target_of
 from octavo.backends.record import Backend
@@ -31,7 +31,7 @@ from octavo.models.load import load_params
 from octavo.models.registry import Model, build
 from octavo.models.tensors import shape
 from tests.engine.tiny import GEMMA3, LLAMA, SIZES, run_one
-from tests.neuron.on_cpu import Ranks, load
+from tests.neuron.on_cpu import QUICK, Ranks, load
 
 # Of eight ranks, each has a copy of a key-value head.
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": SIZES | HEADS | {"architectures": ["Qwen3ForCausalLM"]},
     "gemma3": GEMMA3 | HEADS,
 }
+DRAWN: dict[str, Any] = {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "min_p": 0.02, "seed": 7}
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
 
 
@@ -53,7 +54,7 @@ def exported(ranks: int) -> Backend:
         @cache
         def program() -> Any:  # most are never called here
             graph = export.export_job(job, ranks)
-            assert errors(lint(graph.exported, target_of("trn1"))) == []
+            check(graph.exported, target_of("trn1"))
             return graph.call(load(graph.exported))
 
         return lambda *arguments: program()(*arguments)
@@ -69,8 +70,11 @@ def exported(ranks: int) -> Backend:
 
 def lazy() -> Backend:
     """The CPU backend; what is not called is not compiled."""
-    made = select("cpu")
-    return replace(made, compile=lambda job: jax.jit(job.function, donate_argnums=job.donate))
+
+    def compile(job: Job) -> Any:
+        return jax.jit(job.function, donate_argnums=job.donate, compiler_options=QUICK)
+
+    return replace(select("cpu"), compile=compile)
 
 
 def checkpoint(model: Model) -> dict[str, np.ndarray]:
@@ -84,8 +88,10 @@ def checkpoint(model: Model) -> dict[str, np.ndarray]:
     return made
 
 
-def text(facts: dict[str, Any], backend: Backend, mesh: str) -> list[int]:
-    """64 tokens of random weights, which depend on the model alone."""
+def texts(
+    facts: dict[str, Any], backend: Backend, mesh: str, ways: list[dict[str, Any]]
+) -> list[list[int]]:
+    """64 tokens each way, of random weights that depend on the model alone."""
     config = EngineConfig(
         mesh=mesh,
         dtype="float32",
@@ -101,18 +107,20 @@ def text(facts: dict[str, Any], backend: Backend, mesh: str) -> list[int]:
     stored = checkpoint(build(ModelConfig.from_hf(facts), resolved.max_model_len))
     params = load_params(resolved.model, stored.__getitem__, stored, "float32", place.put_weight)
     core = EngineCore(config, parts=Parts(backend, resolved, params, [], 0.0))
-    sampled = run_one(core, PROMPT, max_tokens=64)
+    written = [run_one(core, PROMPT, max_tokens=64, **how) for how in ways]
     core.close()
-    return sampled
+    return written
 
 
 def main() -> None:
-    """Print one line for each MODEL:RANKS of the command line that writes the CPU's text."""
+    """Print one line for each MODEL:RANKS[:drawn] of the command line that writes the CPU's text:
+    greedy, and then drawn."""
     for word in sys.argv[1:]:
-        name, ranks = word.split(":")
-        there = text(MODELS[name], exported(int(ranks)), f"model={ranks}")
-        here = text(MODELS[name], lazy(), "")
-        assert there == here and len(there) == 64, (word, there, here)
+        name, ranks, *drawn = word.split(":")
+        ways = [{}, DRAWN] if drawn else [{}]
+        there = texts(MODELS[name], exported(int(ranks)), f"model={ranks}", ways)
+        here = texts(MODELS[name], lazy(), "", ways)
+        assert there == here and all(len(text) == 64 for text in there), (word, there, here)
         print(word, "equal")
 
 

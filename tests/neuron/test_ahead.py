@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from octavo.backends.neuron import hlo, safe
+from octavo.backends.neuron.cache import HISTORY
 from octavo.cli.main import main
 from tests.engine.tiny import LLAMA
 
@@ -40,6 +41,8 @@ def test_exporting_writes_graphs_their_tensors_and_a_report(
     decode = json.loads((out / "graphs" / "forward_1_rows_0_tokens.json").read_text())
     leaves = [tensor["leaf"] for tensor in decode["inputs"]]
     assert "params.layers[1].mlp.down.weight" in leaves
+    edit = json.loads((out / "graphs" / "edit.json").read_text())
+    assert HISTORY in [tensor["leaf"] for tensor in edit["inputs"]]
     in_place = {decode["outputs"][o]["leaf"] for o, _ in decode["aliases"]}
     assert {"state.kv[0].k", "state.kv[1].v", "state.pages[0].table"} <= in_place
 
@@ -65,6 +68,7 @@ def test_names_and_lines_decide_nothing() -> None:
         (["--target", "inf2", "--mesh", "model=8"], "4 heads cannot be dealt to 8 cores"),
         (["--target", "inf2", "--mesh", "data=2"], "are split along `model` only"),
         (["--target", "trn1", "--max-logprobs", "50"], "at most 20, got `max_logprobs=50`"),
+        (["--target", "trn2", "--kv-cache-dtype", "fp8"], "float8_e4m3fn, in which trn2 does not"),
         (["--target", "inf2", "--dtype", "float16"], ""),
     ],
     ids=lambda words: " ".join(words[1:]) if isinstance(words, list) else "",
@@ -76,3 +80,15 @@ def test_what_a_target_cannot_do_is_refused(
     error: Any = capsys.readouterr().err
     assert status == (2 if message else 0), error
     assert message in error and ("use " in error) == bool(message)
+
+
+def test_more_graphs_than_anybody_waits_for_are_refused_before_the_first(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "config.json").write_text(json.dumps(LLAMA | {"max_position_embeddings": 8192}))
+    words = ["compile", str(model), "--target", "inf2", "--output", str(tmp_path / "out")]
+    sizes = ["--max-num-seqs", "512", "--max-num-batched-tokens", "8192"]
+    assert main([*words, *sizes, "--export-only"]) == 2
+    error = capsys.readouterr().err
+    assert "need 37 graphs, and at most 36 are compiled" in error and "--max-num-seqs" in error
+    assert not list((tmp_path / "out").glob("graphs/*"))

@@ -11,7 +11,7 @@ import pytest
 from octavo.backends.neuron import ops
 from octavo.pallas_kernels.attention import reference
 from octavo.pallas_kernels.attention.batch import RaggedBatch
-from octavo.pallas_kernels.attention.cases import Case, inputs
+from octavo.pallas_kernels.attention.cases import Case, extras, inputs
 
 ROWS = Case(rows=((0, 1), (15, 1), (16, 1), (127, 1), (3, 0)))
 IDLE = ((40, 0), (0, 0), (7, 0))
@@ -32,14 +32,23 @@ def without_rows(batch: RaggedBatch) -> RaggedBatch:
     return replace(batch, row_start=batch.row_start[:0], row_count=batch.row_count[:0], **tokens)
 
 
-@pytest.mark.parametrize("case", [ROWS, PROMPT], ids=["rows", "prompt"])
-@pytest.mark.parametrize("heads", [(2, 2, 8), (6, 2, 16)], ids=str)
-@pytest.mark.parametrize("window, softcap", [(0, 0.0), (20, 5.0)])
+@pytest.mark.parametrize(
+    "case, heads, window, softcap, sinks",
+    [
+        (ROWS, (2, 2, 8), 0, 0.0, False),
+        (ROWS, (6, 2, 16), 20, 5.0, True),
+        (PROMPT, (6, 2, 16), 0, 0.0, False),
+        (PROMPT, (2, 2, 8), 20, 5.0, True),
+    ],
+    ids=["rows", "rows with all", "prompt", "prompt with all"],
+)
 def test_matches_the_reference(
-    case: Case, heads: tuple[int, int, int], window: int, softcap: float
+    case: Case, heads: tuple[int, int, int], window: int, softcap: float, sinks: bool
 ) -> None:
-    q, k, v, cache, batch = inputs(replace(case, heads=heads))
+    case = replace(case, heads=heads, sinks=sinks)
+    q, k, v, cache, batch = inputs(case)
     static: dict[str, Any] = {"window": window, "softcap": softcap, "scale": heads[2] ** -0.5}
+    static |= extras(case)
     want, want_cache = reference.attend(q, k, v, cache, batch, **static)
     if case.chunks:
         R = len(case.rows)

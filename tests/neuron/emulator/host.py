@@ -19,17 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxlib import _jax as xla
 
 from octavo.backends.neuron.exported import BYTES
-
-try:
-    from jaxlib._hlo import XlaComputation  # type: ignore[import-not-found]
-except ImportError:  # jaxlib 0.10.0
-    from jaxlib._jax import XlaComputation  # type: ignore[import-not-found]
+from octavo.backends.neuron.wire import Message
+from tests.neuron.on_cpu import XlaComputation, compiled
 
 SOURCE = Path(__file__).parent / "libnrt.c"
 HEADER = 1024
+ALIASES = 8  # of HloModuleProto
 MEETING = 8.0  # seconds that a rank waits for the others
 NUMPY = {"pred": "uint8", "u8": "uint8", "s32": "int32", "u32": "uint32", "f32": "float32"}
 NUMPY |= {"bf16": "bfloat16", "f16": "float16"}
@@ -132,7 +129,9 @@ class Emulator:
     def _on_run(self, model: int, inputs: int, into: Any, outputs: int, out: Any) -> int:
         try:
             program, rank = self.programs[model]
-            arrays = [_copy(into[i], *program.inputs[i]) for i in range(inputs)]
+            arrays = [_view(into[i], *program.inputs[i]) for i in range(inputs)]
+            for i in program.in_place:
+                arrays[i] = arrays[i].copy()
             results = program.run(rank, arrays)
             for i in range(outputs):
                 result = np.ascontiguousarray(results[i])
@@ -154,6 +153,9 @@ class Program:
         shape = computation.program_shape()
         self.inputs = [_port(part) for part in shape.parameter_shapes()]
         self.outputs = [_port(part) for part in shape.result_shape().tuple_shapes()]
+        # What XLA may write over; other inputs, all weights among them, are read where they lie.
+        aliases = Message.parse(hlo).message(ALIASES).all(1)
+        self.in_place = [Message.parse(alias).number(2) for alias in aliases]
         self.ranks = ranks
         self.loaded: set[int] = set()
         self._computation = computation
@@ -165,13 +167,7 @@ class Program:
     @cached_property
     def _program(self) -> Any:
         """Compiled when it first runs: an engine loads more programs than a test uses."""
-        options = xla.CompileOptions()
-        options.num_replicas, options.num_partitions = self.ranks, 1
-        numbers = np.arange(self.ranks, dtype=np.int32)[:, None]
-        options.device_assignment = xla.DeviceAssignment.create(numbers)
-        module = xla.mlir.xla_computation_to_mlir_module(self._computation)
-        devices = xla.DeviceList(tuple(self._devices))
-        return self._devices[0].client.compile_and_load(module, devices, options)
+        return compiled(self._computation, self._devices)
 
     def run(self, rank: int, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """The results of one rank; waits until all ranks are here."""
@@ -221,9 +217,9 @@ def _port(shape: Any) -> tuple[str, tuple[int, ...]]:
     raise ValueError(f"the emulator knows no {name}")
 
 
-def _copy(address: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor's bytes as an array of its own."""
+def _view(address: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor where it lies."""
     count = int(np.prod(shape, dtype=np.int64))
-    raw = ctypes.string_at(address, count * BYTES[dtype])
+    raw = (ctypes.c_char * (count * BYTES[dtype])).from_address(address)
     kind = np.bool_ if dtype == "pred" else jax.numpy.dtype(NUMPY[dtype])
-    return np.frombuffer(raw, kind).reshape(shape)
+    return np.frombuffer(memoryview(raw), kind).reshape(shape)
