@@ -22,7 +22,7 @@ class Program:
     in_place_bytes: int
     temporary_bytes: int
     kernels: dict[str, int]
-    copies: dict[str, int]  # of weights or cache, in HBM, of LARGE bytes or more
+    copies: dict[str, int]  # in HBM, of LARGE bytes or more
     collectives_per_layer: dict[str, int]
     collectives: dict[str, int]  # in all, the loop over layers counted once
     cycles: int  # the compiler's estimates added up, our own kernels aside

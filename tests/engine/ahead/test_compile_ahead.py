@@ -2,6 +2,7 @@
 engine of 64 rows and sequences of 4,096 tokens, and what it holds, copies and sends."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ SHAPES = Path(__file__).parents[2] / "models" / "shapes"
 QWEN = json.loads((SHAPES / "qwen3-30b-a3b.json").read_text())
 WORDS = ("--max-num-seqs", "64", "--max-model-len", "4096")
 ARGUMENTS = 25  # of a decode step, at most: the host pays for each at every dispatch
+MOST_PADDING = 1024  # rows that 32 chunks of a prompt add to its tokens, and more
 GiB = 1 << 30
 
 
@@ -63,18 +65,30 @@ def test_every_program_fits_the_chip_and_copies_no_weight_and_no_cache(
         kernels |= {"tpu_write": 1, "tpu_prefill": 1} if name in prompts else {}
         kernels |= {"tpu_grouped": 2} if config is QWEN else {}
         assert program["kernels"] == kernels, f"{name}: one loop over all layers"
-        assert program["copies"] == {}, name
+        assert not [shape for shape in program["copies"] if kept(shape, program)], name
         assert program["collectives_per_layer"] == sent, name
     for name, program in programs.items():
         held = program["argument_bytes"] + program["temporary_bytes"]
         assert held < report["chip"]["memory"], name
     assert max(programs[name]["arguments"] for name in steps) <= ARGUMENTS
     assert 0 < report["attention"]["decode"] < report["attention"]["copies"]
-    kept = {path.name.rpartition("-")[0] for path in (tmp_path / "out" / "whole").iterdir()}
-    assert {name.replace(" ", "-") for name in programs} <= kept
+    stored = {path.name.rpartition("-")[0] for path in (tmp_path / "out" / "whole").iterdir()}
+    assert {name.replace(" ", "-") for name in programs} <= stored
     with capfd.disabled():
         print(f"\n{config['architectures'][0]} {target}: {line(report)}", end="")
         print(f", {time.monotonic() - began:,.0f} s", flush=True)
+
+
+def kept(shape: str, program: dict) -> bool:
+    """Whether an array that is copied can be of weights or of the cache, or a part of either.
+
+    Not if it has another dtype than those have, as logits and counts; nor if it has a row for every
+    token of a prompt, of which each chunk begins at a whole tile: those pass through once.
+    """
+    kind, first = re.match(r"(\w+)\[(\d+)", shape).groups()
+    prompt = re.search(r"(\d+) tokens", program["name"])
+    tokens = int(prompt[1]) if prompt else 0
+    return kind == "bf16" and not (tokens and tokens <= int(first) <= tokens + MOST_PADDING)
 
 
 def line(report: dict) -> str:
