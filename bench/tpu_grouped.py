@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from octavo.bench.tpu_compile import (
+from octavo.engine.ahead.schedule import (
     CHIPS,
     NO_LIBTPU,
     Schedule,

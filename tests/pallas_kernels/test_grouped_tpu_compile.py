@@ -2,8 +2,8 @@
 
 import pytest
 
-from octavo.bench.tpu_compile import NO_LIBTPU, libtpu_version
 from octavo.bench.tpu_grouped import child
+from octavo.engine.ahead.schedule import NO_LIBTPU, libtpu_version
 
 pytestmark = [
     pytest.mark.aot,
