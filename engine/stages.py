@@ -11,6 +11,9 @@ Every device runs the same program. Where it has no micro-batch, it computes wha
 writes to the trash page. Embedding and final norm are computed in every stage, for they are little
 and their weights are everywhere.
 
+A turn reads the weights of a stage, however few its tokens: a step of few tokens is one
+micro-batch, which takes as long as one device with all layers would.
+
     decode rows alone     R / M of them in each micro-batch
     chunk tokens beside   T / M consecutive tokens in each, and room for all R rows, of which R / M
                           count: a chunk's slot stays what it is. A chunk may lie in several; what a
@@ -28,6 +31,8 @@ import jax.numpy as jnp
 from octavo.models.shards import STAGE
 from octavo.pallas_kernels.attention.batch import RaggedBatch
 
+LEAST = 256  # tokens in a micro-batch: with fewer, reading the weights takes longer than using them
+MOST = 4  # micro-batches for each stage; the stages are busy 4 n of 5 n - 1 turns then
 # run(token, position, cache, batches, layers) -> hidden, cache: the model with `layers` as
 # Ops.layers(block, x, params, cache, specs).
 Run = Callable[..., tuple[jax.Array, Any]]
@@ -58,7 +63,7 @@ def pipeline(
     """
     rows = batches[0].row_start.shape[0]
     tokens = token.shape[0] - rows
-    parts = cut(token, batches, max(1, min(stages, tokens or rows)))
+    parts = cut(token, batches, micro_batches(stages, rows, tokens))
     count, width = len(parts), parts[0].token.shape[0]
     every = jax.tree.map(lambda *same: jnp.stack(same), *parts)
     stage = jax.lax.axis_index(STAGE)
@@ -87,6 +92,12 @@ def pipeline(
     (cache, _, done), _ = jax.lax.scan(turn, begin, turns)
     done = jax.lax.psum(jnp.where(stage == stages - 1, done, 0), STAGE)
     return joined(done, rows, tokens), cache
+
+
+def micro_batches(stages: int, rows: int, tokens: int) -> int:
+    """How many a step of R rows and T chunk tokens has: M."""
+    least = max(LEAST, rows) if tokens else LEAST  # each has all rows beside its chunk tokens
+    return max(1, min(MOST * stages, (tokens or rows) // least))
 
 
 def cut(token: jax.Array, batches: tuple[RaggedBatch, ...], count: int) -> list[Micro]:
