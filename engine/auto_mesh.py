@@ -77,6 +77,8 @@ def _describe(sizes: Mapping[str, int], facts: ModelConfig, why: str) -> str:
     if all(n == 1 for n in sizes.values()):
         return f"one device ({why})" if why else ""
     parts = [", ".join(f"{axis}={n}" for axis, n in sizes.items())]
+    if shards.stage > 1:
+        parts.append(f"{facts.L // shards.stage} layers in each stage")
     if (times := copies(facts, shards)) > 1:
         parts.append(f"each key-value head on {times} devices")
     return "; ".join(parts) + (f" ({why})" if why else "")
