@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from octavo.backends.record import Layer
+from octavo.models.ops import Stacks
 from octavo.pallas_kernels.attention import KV, init_kv
 
 ROWS_PER_TILE = 32
@@ -69,15 +70,17 @@ def grouped_linear(
 def layers(
     block: Callable[[jax.Array, Any, Any, Any], tuple[jax.Array, Any]],
     x: jax.Array,
-    params: Sequence[Any],
+    params: Sequence[Any] | Stacks,
     cache: Sequence[Any],
     specs: Sequence[Any],
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """A loop, unrolled in the program: a scan would copy each layer's weights before use.
 
-    Layers of one kind are traced once: tracing thirty of them is most of a warm start.
+    Layers of one kind are traced once: tracing thirty of them is most of a warm start. `Stacks` are
+    those of a pipeline's stage, with one layer each.
     """
     block = jax.jit(block, static_argnums=3)
+    params = params.each() if isinstance(params, Stacks) else params
     after = []
     for one, kept, spec in zip(params, cache, specs, strict=True):
         x, kept = block(x, one, kept, spec)

@@ -146,6 +146,11 @@ def load_over(place: Placement, folder: Any, dtype: Any) -> Any:
     from octavo.models.sources.orbax import load
 
     model = place.model
+    if model.shards.stage > 1:
+        raise ConfigError(
+            "an orbax folder keeps layers one by one, and stages stack them",
+            "use the original checkpoint, or a mesh without `stage`",
+        )
     if model.whole.sizes != model.config.sizes:
         raise ConfigError(
             "an orbax folder cannot be read with key-value heads repeated or a vocabulary padded, "

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from octavo.backends.record import Backend
-from octavo.engine.config import ConfigError, EngineConfig, parse_mesh
+from octavo.engine.config import EngineConfig, parse_mesh
 from octavo.engine.mesh import shards_of
 from octavo.models.config import ModelConfig
 from octavo.models.load import param_bytes
@@ -21,7 +21,6 @@ from octavo.models.shards import Shards, copies, fits
 
 SHARE = 0.5  # of a device's usable memory, the most that weights should take
 MANY = 8  # times that a device holds the weights of a model that is copied
-UNSERVED = ("stage",)
 
 
 def sizes_of(
@@ -42,11 +41,6 @@ def sizes_of(
         sizes, why = _choose(facts, dtype, devices, int(limit * config.memory_utilization))
         return sizes, _describe(sizes, facts, why)
     sizes = parse_mesh(config.mesh)
-    if unserved := [axis for axis in UNSERVED if sizes.get(axis, 1) > 1]:
-        raise ConfigError(
-            f"`mesh={config.mesh}` cuts `{unserved[0]}`, which no engine can do yet; "
-            "use `model`, `data` (and `expert` for a model with experts)"
-        )
     return sizes, _describe(sizes, facts, "")
 
 
@@ -83,6 +77,8 @@ def _describe(sizes: Mapping[str, int], facts: ModelConfig, why: str) -> str:
     if all(n == 1 for n in sizes.values()):
         return f"one device ({why})" if why else ""
     parts = [", ".join(f"{axis}={n}" for axis, n in sizes.items())]
+    if shards.stage > 1:
+        parts.append(f"{facts.L // shards.stage} layers in each stage")
     if (times := copies(facts, shards)) > 1:
         parts.append(f"each key-value head on {times} devices")
     return "; ".join(parts) + (f" ({why})" if why else "")

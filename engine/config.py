@@ -77,7 +77,8 @@ class EngineConfig:
     seed: int = option(0, "seed of requests that bring none")
     mesh: str = option(
         "",
-        "devices: model cuts the model, data copies it, as in data=2,model=4; "
+        "devices: model cuts the model, stage its row of layers, data copies it, as in "
+        "data=2,model=4; "
         "auto decides by the model's size",
     )
     hosts: int | str = option(

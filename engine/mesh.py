@@ -1,14 +1,15 @@
 """Where arrays lie and programs run: on one device, or over a mesh of them.
 
     data     copies of the model, each with its own slots and pages
+    stage    of one copy, so many layers on each (stages.py)
     expert   \\ one copy of the model, cut: attention, dense layers and vocabulary by both,
     model    / experts by the first, their width by the second
 
 A program over a mesh is one `jax.shard_map` of the whole function, which sees one shard and is
 otherwise the program of one device. Slots, pages, plans and results are cut by `data` and the same
-on the rest; of the cache every device has its own part (its heads), and how the parts lie in it is
-the backend's affair: along the leading axis that every leaf of the state has, they only stand
-beside each other.
+on the rest; of the cache every device has its own part (its layers and heads), and how the parts
+lie in it is the backend's affair: along the leading axis that every leaf of the state has, they
+only stand beside each other.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +24,17 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from octavo.engine.config import ConfigError
 from octavo.engine.state import EngineState
 from octavo.models.registry import Model
-from octavo.models.shards import SPLIT, Shards, kept_places, placed
+from octavo.models.shards import SPLIT, STAGE, Shards, kept_places, placed
 from octavo.models.tensors import Tensor, kept, kept_shape
 
-AXES = ("data", *SPLIT)
+AXES = ("data", STAGE, *SPLIT)
 ROWS = PartitionSpec("data")  # what belongs to slots: plans, tables, results
 STATE = EngineState(slots=ROWS, pages=ROWS, kv=PartitionSpec(AXES))  # type: ignore[arg-type]
 
 
 def shards_of(sizes: Mapping[str, int]) -> Shards:
     """How a mesh of these sizes cuts one copy of a model."""
-    return Shards(model=sizes.get("model", 1), expert=sizes.get("expert", 1))
+    return Shards(**{axis: sizes.get(axis, 1) for axis in (*SPLIT, STAGE)})
 
 
 def make_mesh(
@@ -52,6 +53,11 @@ def make_mesh(
         raise ConfigError(
             f"`mesh={wanted}` copies the model, and graphs for these cores only cut it",
             "use --mesh model=N, and a server for each copy of the model",
+        )
+    if cores and sizes.get(STAGE, 1) > 1:
+        raise ConfigError(
+            f"`mesh={wanted}` cuts `stage`, and graphs for these cores have all layers",
+            "use --mesh model=N",
         )
     if count <= cores:
         return AbstractMesh(tuple(shape), AXES)

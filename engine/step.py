@@ -24,6 +24,7 @@ from octavo.engine import pages as page_ops
 from octavo.engine import slots as slot_ops
 from octavo.engine.arrays import running_sum, some, take
 from octavo.engine.plan import CHUNKS, chunk_segment, unpack
+from octavo.engine.stages import pipeline
 from octavo.engine.state import Dims, EngineState, PageState, SlotState
 from octavo.models.ops import AttentionSpec, Ops
 from octavo.models.registry import Model
@@ -229,14 +230,33 @@ def forward(
                 page_size=dims.page_size,
             )
         )
-    ops = ops_of(machine, tuple(batches), across_of(machine, params))
-    hidden, kv = machine.model.forward(params, flat.token, flat.position, state.kv, ops)
+    hidden, kv = _run(machine, params, flat, tuple(batches), state.kv)
 
     length, picked, final = _after(slots, flat, hidden, rows, decode)
     state = replace(state, slots=replace(slots, length=length), pages=tuple(groups), kv=kv)
     live = slots.active[:rows] | final if decode else final
     passed = Passed(picked, hidden[decode:] if tokens else None, live)
     return state, passed, jnp.concatenate(taken)
+
+
+def _run(
+    machine: Machine, params: Any, flat: _Tokens, batches: tuple[RaggedBatch, ...], kv: Any
+) -> tuple[jax.Array, Any]:
+    """The model on a step's tokens: hidden [N, E], and the cache."""
+    model, across = machine.model, across_of(machine, params)
+    if model.shards.stage == 1:
+        ops = ops_of(machine, batches, across)
+        return model.forward(params, flat.token, flat.position, kv, ops)
+
+    def run(
+        token: jax.Array, position: jax.Array, kv: Any, part: tuple[RaggedBatch, ...], layers: Any
+    ) -> tuple[jax.Array, Any]:
+        ops = replace(ops_of(machine, part, across), layers=layers)
+        return model.forward(params, token, position, kv, ops)
+
+    like = jax.ShapeDtypeStruct(params.embed.shape[1:], params.embed.dtype)
+    layers = machine.backend.layers
+    return pipeline(run, layers, model.shards.stage, flat.token, batches, kv, like)
 
 
 def _after(

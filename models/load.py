@@ -15,6 +15,7 @@ import numpy as np
 
 from octavo.models.layers import Decoder
 from octavo.models.registry import Model
+from octavo.models.shards import STAGE
 from octavo.models.tensors import Tensor, fill, kept, shape, unstack
 
 Get = Callable[[str], np.ndarray]
@@ -112,7 +113,7 @@ def _placed(t: Tensor, make: Callable[[Tensor], np.ndarray], put: Put) -> jax.Ar
             form = _of_stack(array.sharding)
             shape, dtype = (len(layers), *array.shape), array.dtype
             stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=form)()  # noqa: B023
-        stack = _put_in(form)(stack, array, at)
+        stack = _put_in(form, array.sharding)(stack, array, at)
     assert stack is not None
     return stack
 
@@ -120,18 +121,33 @@ def _placed(t: Tensor, make: Callable[[Tensor], np.ndarray], put: Put) -> jax.Ar
 def _of_stack(one: jax.sharding.Sharding) -> jax.sharding.Sharding:
     """Where a stack lies whose layers lie there."""
     if isinstance(one, jax.sharding.NamedSharding):
-        return jax.sharding.NamedSharding(one.mesh, jax.P(None, *one.spec))
+        return jax.sharding.NamedSharding(one.mesh, jax.P(STAGE, *one.spec))
     return one
 
 
 @functools.cache
-def _put_in(form: Any) -> Callable[..., jax.Array]:
+def _put_in(form: Any, one: Any) -> Callable[..., jax.Array]:
     """(stack, layer, at) -> the stack with one more layer, in the stack's memory."""
+    if not isinstance(form, jax.sharding.NamedSharding):
 
-    def put_in(stack: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, layer, at, 0)
+        def put_in(stack: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(stack, layer, at, 0)
 
-    return jax.jit(put_in, donate_argnums=0, out_shardings=form)
+        return jax.jit(put_in, donate_argnums=0, out_shardings=form)
+
+    def put_part(stack: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
+        """Of one device, which may have other layers: those it writes as they were."""
+        own = at - jax.lax.axis_index(STAGE) * stack.shape[0]
+        place = jnp.clip(own, 0, stack.shape[0] - 1)
+        before = jax.lax.dynamic_index_in_dim(stack, place, 0, keepdims=False)
+        layer = jnp.where(own == place, layer, before)
+        return jax.lax.dynamic_update_index_in_dim(stack, layer, place, 0)
+
+    ins = (form.spec, one.spec, jax.P())
+    cut = jax.shard_map(
+        put_part, mesh=form.mesh, in_specs=ins, out_specs=form.spec, check_vma=False
+    )
+    return jax.jit(cut, donate_argnums=0)
 
 
 # The beginnings of names in checkpoints of a model alone, saved without what was around it.

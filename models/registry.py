@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from octavo.models import bert, gemma3, layers, llama, mixtral, phi3, qwen2, qwen3, qwen3_moe
-from octavo.models.config import ModelConfig
+from octavo.models.config import ModelConfig, ModelConfigError
 from octavo.models.layers import Decoder, Fixed
 from octavo.models.ops import LayerSpec, Linear, Stacks
 from octavo.models.rope import make_rope
@@ -49,7 +49,7 @@ class Model:
     # forward(params, tokens i32[N], positions i32[N], cache, ops) -> (hidden [N, E], cache);
     # where config.token_types is set, `types` i32[N] may follow
     logits: Callable[..., jax.Array]  # logits(params, hidden [R, E], ops) -> f32[R, V]
-    layer_specs: tuple[LayerSpec, ...]  # one per layer
+    layer_specs: tuple[LayerSpec, ...]  # one per layer of a stage
     attention: tuple[int, int, int]  # H, K, D of one shard
     period: int  # layers i and i + period have the same specs and the same parameter tree
     tensors: Any  # the parameter tree with a Tensor for every array
@@ -86,11 +86,12 @@ class Model:
     @property
     def local_sizes(self) -> dict[str, int]:
         """The same for what one shard has."""
-        return self.local.sizes | {"R": 1, "L": self.loops}
+        return self.local.sizes | {"R": 1, "L": self.loops // self.shards.stage}
 
     @property
     def loops(self) -> int:
-        return len(self.layer_specs) // self.period
+        """Layers of one stack, all stages together."""
+        return len(self.layer_specs) * self.shards.stage // self.period
 
 
 def build(
@@ -104,23 +105,29 @@ def build(
     """The model for sequences of up to `max_model_len` tokens, prompt and output.
 
     stacked: its layers are `Stacks`, for a backend that runs them in a loop; columns: with matrices
-    in blocks of so many. Raises ModelConfigError where it cannot be cut into `shards`.
+    in blocks of so many. With stages they always are: of a backend that has no loop, with one layer
+    of each stage in a stack. Raises ModelConfigError where it cannot be cut into `shards`.
     """
     check(config, shards)
     family = FAMILIES[config.family]
     checkpoint, config = config, local(config, shards)
     specs = layer_specs(config.windows, max_model_len)
     slow = config.local_rope
+    tree = family.tensors(whole(checkpoint, shards))
+    period = _period(specs, tree.layers)
+    each = _layers_of_a_stage(len(specs), period, shards.stage)
     fixed = Fixed(
         config=config,
-        specs=specs,
+        specs=specs[:each],
         rope=make_rope(config.rope, config.D, config.max_len, max_model_len),
         local_rope=make_rope(slow, config.D, config.max_len, max_model_len) if slow else None,
     )
-    tree = family.tensors(whole(checkpoint, shards))
-    period = _period(specs, tree.layers)
     if stacked:
-        tree = replace(tree, layers=_stacks(tree.layers, period, columns, config.sizes))
+        trees = _flat(tree.layers, columns, config.sizes)
+        tree = replace(tree, layers=_stacks(trees, period))
+    elif shards.stage > 1:
+        period = each
+        tree = replace(tree, layers=_stacks(tree.layers, period))
     if shards.count > 1:
         tree = replace(tree, rank=tensor("R 2", init="ranks"))
     return Model(
@@ -128,7 +135,7 @@ def build(
         max_model_len=max_model_len,
         forward=partial(family.forward, fixed),
         logits=partial(family.logits, config),
-        layer_specs=specs,
+        layer_specs=fixed.specs,
         attention=(config.H, config.K, config.D),
         period=period,
         tensors=tree,
@@ -146,13 +153,16 @@ def layer_specs(windows: tuple[int, ...], max_model_len: int) -> tuple[LayerSpec
     return tuple(LayerSpec(group=group if w else 0, window=w) for w in windows)
 
 
-def _stacks(trees: tuple[Any, ...], period: int, columns: int, sizes: Mapping[str, int]) -> Stacks:
-    """Trees of Tensors, one per layer, as stacks of whole periods and what is left.
+def _flat(trees: tuple[Any, ...], columns: int, sizes: Mapping[str, int]) -> tuple[Any, ...]:
+    """Trees of Tensors with projections as matrices.
 
     sizes: of one shard, which decides whether a matrix has whole blocks of columns.
     """
-    flat = partial(_matrices, columns, sizes)
-    trees = jax.tree.map(flat, trees, is_leaf=_is_projection)
+    return jax.tree.map(partial(_matrices, columns, sizes), trees, is_leaf=_is_projection)
+
+
+def _stacks(trees: tuple[Any, ...], period: int) -> Stacks:
+    """Trees of Tensors, one per layer, as stacks of whole periods and what is left."""
     whole = len(trees) // period * period
     periods = tuple(
         jax.tree.map(lambda *same: stack(same), *trees[at:whole:period]) for at in range(period)
@@ -181,6 +191,20 @@ def _matrices(columns: int, sizes: Mapping[str, int], node: Any) -> Any:
         gate_up, down = matrix(node.gate_up, 2), matrix(node.down, 2)
         return replace(node, router=router, gate_up=gate_up, down=down)
     return node
+
+
+def _layers_of_a_stage(layers: int, period: int, stages: int) -> int:
+    """How many; `layers` must be whole stages, and these whole periods."""
+    if stages == 1:
+        return layers
+    if layers % stages or layers // stages % period:
+        sizes = [n for n in range(2, layers + 1) if layers % n == 0 and layers // n % period == 0]
+        kinds = f", which repeat every {period}," if period > 1 else ""
+        raise ModelConfigError(
+            f"{layers} layers{kinds} cannot be cut into {stages} stages alike; sizes of `stage` "
+            f"that fit: {', '.join(map(str, sizes)) or 'none'}"
+        )
+    return layers // stages
 
 
 def _period(specs: tuple[LayerSpec, ...], trees: tuple[Any, ...]) -> int:

@@ -9,6 +9,9 @@ shard has one and the vocabulary padded until it divides, a large one into whole
     K = 2, model = 8    K = 8, each head 4 times   K = 1
     V = 32001           V = 32768                  V = 4096
 
+`stage` cuts the row of layers: each stage has L / n consecutive ones, and all must be alike, for
+every device runs the same program. Their weights are stacked, [L, ...], and the stack is cut.
+
 The axes `expert` and `model` cut attention, dense layers and vocabulary together, in that order;
 experts lie whole on `expert`, their width on `model`.
 """
@@ -19,7 +22,8 @@ from octavo.models.config import ModelConfig, ModelConfigError
 from octavo.models.tensors import Tensor
 
 LANES = 128
-SPLIT = ("expert", "model")  # the axes of the mesh that cut one copy of a model
+SPLIT = ("expert", "model")  # the axes of the mesh that cut one copy of a model's layers
+STAGE = "stage"  # and the one that cuts the row of layers
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,11 @@ class Shards:
 
     model: int = 1
     expert: int = 1
+    stage: int = 1
 
     @property
     def count(self) -> int:
-        """Shards of attention, dense layers and vocabulary."""
+        """Shards of attention, dense layers and vocabulary; each in every stage."""
         return self.model * self.expert
 
 
@@ -76,10 +81,12 @@ def local(config: ModelConfig, shards: Shards) -> ModelConfig:
 def check(config: ModelConfig, shards: Shards) -> None:
     """Raise ModelConfigError where the model cannot be cut so."""
     n = shards.count
-    if n == 1:
+    if n * shards.stage == 1:
         return
     if config.family == "bert" or not config.generates:
         raise ModelConfigError("models that only read run on one device; leave `mesh` empty")
+    if n == 1:
+        return
     if shards.expert > 1 and not config.X:
         raise ModelConfigError(
             f"the model has no experts to lie on expert={shards.expert}; use model={n} instead"
@@ -133,6 +140,8 @@ def kept_places(t: Tensor) -> tuple[tuple[str, ...] | str | None, ...]:
 def placed(axes: str) -> tuple[tuple[str, ...] | str | None, ...]:
     """The same for a dimension per word; `axes` as in tensors.py."""
     words = axes.split()
+    if words[:1] == ["L"]:
+        return (STAGE, *placed(axes[2:]))
     if "E" in words[:2] and words[-1] == "X":  # the router: every shard chooses for every token
         return (None,) * len(words)
     return tuple(_cut(word) for word in words)

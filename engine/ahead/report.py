@@ -8,6 +8,7 @@ from typing import Any, Self
 from octavo.backends.chips import Chip
 from octavo.engine.ahead.hlo import Module
 from octavo.engine.memory import MemoryPlan, Resolved, size
+from octavo.engine.stages import micro_batches
 
 LARGE = 8 << 20  # bytes from which a copy is worth naming
 
@@ -68,8 +69,8 @@ class Step:
 
     rows: int
     length: int
-    bytes: int  # read from HBM: every weight once, the keys and values of every row
-    seconds: float  # that takes at the chip's bandwidth
+    bytes: int  # read from HBM: every weight in every turn, the keys and values of every row
+    seconds: float  # that takes at the chip's bandwidth, with waiting for the other stages
     cycles: int  # static, of everything but our kernels; 0 where it is not known
     attention_cycles: int  # static, of attention
 
@@ -102,20 +103,24 @@ class Report:
 
     def _step(self, rows: int, length: int) -> Step:
         memory, dims = self.memory, self.resolved.dims
-        read = memory.weights - self._not_read()
+        stages = self.resolved.model.shards.stage
+        parts = micro_batches(stages, rows, 0)
+        turns = parts + stages - 1  # each reads a stage's weights, and one part's cache
+        weights, read = memory.weights - self._not_read(), 0
         for group, cost in zip(dims.groups, memory.page_bytes, strict=True):
             seen = min(length, group.window) if group.window else length
             read += rows * seen * cost // dims.page_size
         bucket = next(r for r in self.resolved.row_buckets if r >= rows)
         named = {program.name: program.cycles for program in self.programs}
-        cycles = named.get(f"greedy step of {bucket} rows", 0)
+        cycles = named.get(f"greedy step of {bucket} rows", 0) if stages == 1 else 0
+        seconds = turns * (weights + read / parts) / self.chip.bandwidth
         windows = [spec.window for spec in self.resolved.model.layer_specs]
         attention = self.attention.cycles(rows, length, windows) if self.attention else 0
-        return Step(rows, length, read, read / self.chip.bandwidth, cycles, attention)
+        return Step(rows, length, turns * weights + read, seconds, cycles, attention)
 
     def _not_read(self) -> int:
         """Bytes of weights that a step only looks rows up in: an embedding that is no head."""
-        config = self.resolved.model.config
+        config = self.resolved.model.local
         return 0 if config.tied else config.V * config.E * self.resolved.dtype.itemsize
 
     def lines(self) -> list[str]:

@@ -64,7 +64,7 @@ def compile(wanted: Wanted) -> Report:
     except jax.errors.JaxRuntimeError as error:
         raise _does_not_compile(error) from error
     resolved = replace(resolved, memory=check_workspace(resolved, programs.workspace()))
-    loops = resolved.model.loops
+    loops = resolved.model.local_sizes["L"]
     measured = [Program.of(name, made, loops) for name, made in programs.made.items()]
     report = Report(chip, wanted.topology, resolved, measured, folder, _attention(chip, resolved))
     (folder / "report.json").write_text(json.dumps(report.as_json(), indent=2) + "\n")
