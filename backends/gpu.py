@@ -1,7 +1,7 @@
 """An NVIDIA GPU: our own Pallas kernels for attention and experts, XLA for everything else."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,13 +12,21 @@ from octavo.backends.record import Backend
 from octavo.pallas_kernels.attention import blockwise, gpu
 from octavo.pallas_kernels.attention.batch import RaggedBatch
 from octavo.pallas_kernels.attention.reference import KV
+from octavo.pallas_kernels.gated import gpu as gated
 from octavo.pallas_kernels.grouped import gpu as grouped
-from octavo.pallas_kernels.norm import gpu as norm
 
 ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 GB = 10**9
 CHOICES = Choices()
+# For steps over several devices: sums by NCCL, which is faster than XLA's own kernel for a few
+# rows, and recorded with all else into one graph. The lists replace XLA's: there is no other way.
+MESH_OPTIONS = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES"
+    ),
+    "xla_gpu_experimental_use_collective_kernels": "COLLECTIVE_KERNEL_ALL_GATHER",
+}
 
 
 def backend(reason: str, choices: Choices = CHOICES) -> Backend:
@@ -32,7 +40,7 @@ def backend(reason: str, choices: Choices = CHOICES) -> Backend:
         devices=tuple(jax.devices("gpu")),
         attend=partial(attend, capability=capability, tuning=choices.tuning),
         attend_packed=partial(attend_packed, choices=choices, capability=capability),
-        add_norm=partial(add_norm, choices=choices, capability=capability),
+        gated_linear=partial(gated_linear, choices=choices, capability=capability),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
         linear=plain.linear,
@@ -51,7 +59,8 @@ def backend(reason: str, choices: Choices = CHOICES) -> Backend:
         small_rows=(8, 64, 256),
         small_steps=4,
         mesh_steps=4,
-        mesh_rows=64,
+        mesh_rows=(8, 32, 64, 128, 256),
+        mesh_options=mesh_options,
         memory_limit=free,
         why_not=partial(why_not, capability=capability),
     )
@@ -99,20 +108,20 @@ def attend_packed(
     return gpu.attend_packed(mixed, turn, norms, cache, batch, **static, tuning=choices.tuning)
 
 
-def add_norm(
+def gated_linear(
     x: jax.Array,
-    y: jax.Array | None,
     weight: jax.Array,
-    eps: float,
-    offset: float,
+    act: str,
     *,
     choices: Choices,
     capability: gpu.Capability,
-) -> tuple[jax.Array, jax.Array] | None:
-    """Addition and norm of decode rows in one kernel; None where XLA's own are as good."""
-    if x.shape[0] > choices.normed or capability < gpu.OLDEST or norm.why_not(x) is not None:
+) -> jax.Array | None:
+    """Both projections and their activation in one kernel; None where XLA's are as good."""
+    if x.shape[0] < choices.gated_from:
         return None
-    return norm.add_norm(x, y, weight, eps, offset)
+    if gated.why_not(x, weight, act, capability) is not None:
+        return None
+    return gated.gated_linear(x, weight, act)
 
 
 def grouped_linear(
@@ -139,6 +148,19 @@ def compiler_options(choices: Choices, tokens: int) -> dict[str, bool | int | st
     """XLA's options for a program that runs `tokens` tokens."""
     cublas = {"xla_gpu_enable_triton_gemm": False} if tokens >= choices.cublas_from else {}
     return {**cublas, **dict(choices.xla)}
+
+
+@cache
+def mesh_options() -> dict[str, str]:
+    """XLA's options for a program over several devices, those that this XLA knows."""
+    known = {}
+    for name, value in MESH_OPTIONS.items():
+        try:
+            jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+        except jax.errors.JaxRuntimeError:
+            continue
+        known[name] = value
+    return known
 
 
 def why_not(config: Any, capability: gpu.Capability) -> str | None:

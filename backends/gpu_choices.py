@@ -26,8 +26,8 @@ class Choices:
     cublas_from: int = 128
     # Decode rows up to which queries and keys are normed and turned inside the decode kernel.
     packed: int = 128
-    # Decode rows up to which an addition and the norm behind it are one kernel.
-    normed: int = 0
+    # Tokens from which gate and up projection and their activation are one kernel.
+    gated_from: int = 128
     tuning: Tuning = Tuning()
     xla: tuple[tuple[str, Value], ...] = ()  # options of XLA, for every program
 
@@ -45,7 +45,7 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
     if name.startswith("xla_"):
         return replace(choices, xla=(*choices.xla, (name, _value(value))))
     tuning = choices.tuning
-    if name in ("cublas_from", "packed", "normed"):
+    if name in ("cublas_from", "packed", "gated_from"):
         given: dict[str, Any] = {name: _number(name, value)}
         return replace(choices, **given)
     if name in _names(DecodeTuning):
@@ -56,7 +56,7 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
         given = {name: _like(tuning.hopper, name, value)}
         hopper = replace(tuning.hopper, **given)
         return replace(choices, tuning=replace(tuning, hopper=hopper))
-    known = ["cublas_from", "packed", "normed", *_names(DecodeTuning), *_names(HopperTuning)]
+    known = ["cublas_from", "packed", "gated_from", *_names(DecodeTuning), *_names(HopperTuning)]
     raise BackendError(
         f"{VARIABLE} names `{name}`; there are {', '.join(dict.fromkeys(known))} and xla_..."
     )

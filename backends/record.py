@@ -71,8 +71,8 @@ class Backend:
     # attend_packed(mixed [N, K, J, D], turn, norms, cache, batch, *, window, scale, softcap, eps,
     # offset) -> (out, cache), or None where it refuses the step: norms and rotation are its own.
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
-    # add_norm(x, y, weight, eps, offset) -> (x + y, its norm), or None, likewise
-    add_norm: Callable[..., tuple[jax.Array, jax.Array] | None] = lambda *_: None
+    # gated_linear(x [N, E], weight [E, 2 F], act) -> [N, F], or None, likewise
+    gated_linear: Callable[..., jax.Array | None] = lambda *_: None
     stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
 
     columns: int = 0  # stacked matrices are kept in blocks of so many columns; 0: whole
@@ -108,9 +108,10 @@ class Backend:
     small_rows: tuple[int, ...] = (1,)
     small_steps: int = 1
     # Any model over a mesh, whose every step the host hands to each device: so many steps in one
-    # program, in row buckets up to `mesh_rows`. Larger batches keep the devices busy by themselves.
+    # program, in these row buckets up to the most.
     mesh_steps: int = 1
-    mesh_rows: int = 0
+    mesh_rows: tuple[int, ...] = ()  # (): `row_buckets`
+    mesh_options: Callable[[], Mapping[str, str]] = lambda: {}  # XLA's, for programs over a mesh
     whole_steps: bool = False  # a decode step is one program: forward and sampling together
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device

@@ -45,13 +45,13 @@ def _engine(shape: str, *words: str) -> tuple[str, ...]:
 
 
 ATTENTION = ("octavo.bench.gpu_attention", "--variants")
-NORMED = "normed=64"
+APART = "gated_from=1000000"
 STEPS = (
     Step("golden", 40, ("octavo", "bench", "golden", "{weights}"), needs="weights"),
     Step("8B", 85, _engine("{8b}", "--steps")),
     Step("0.6B", 70, _engine("{0.6b}", "--steps")),
-    Step("8B, norms in one kernel", 60, _engine("{8b}", "single_stream", "chat_mix"), NORMED),
-    Step("0.6B, norms in one kernel", 60, _engine("{0.6b}", "single_stream", "chat_mix"), NORMED),
+    Step("8B, gate and up apart", 70, _engine("{8b}", "prefill_heavy", "decode_heavy"), APART),
+    Step("0.6B, gate and up apart", 60, _engine("{0.6b}", "prefill_heavy", "decode_heavy"), APART),
     Step("products", 60, ("octavo.bench.gpu_matmul",)),
     Step("graphs", 20, ("octavo.bench.gpu_graphs",)),
     Step("attention, both page sizes", 60, ("octavo.bench.gpu_attention",)),

@@ -30,7 +30,8 @@ from octavo.cli.options import add_config_flags, config_from_args
 from octavo.engine.config import ConfigError
 
 WORKLOADS = ("single_stream", "decode_heavy")
-COLLECTIVE = re.compile(r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|permute", re.I)
+# XLA names a kernel of its own after jax's operation: psum, pmax, pmin.
+COLLECTIVE = re.compile(r"nccl|psum|pm(ax|in)|all.?(reduce|gather|to.?all)|scatter|permute", re.I)
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a village by the sea,",
@@ -154,13 +155,15 @@ def share(core: Any, load: Any, show: bool) -> float | None:
     collectives; None where the profiler sees no kernels."""
     gpu.submit(core, load)
 
-    def turns(count: int) -> None:
-        for _ in range(count):
-            if core.has_work():
-                core.turn()
+    got = 0
+    while 2 * got < load.tokens_out:
+        got += sum(len(output.tokens) // 4 for output in core.turn())
 
-    turns(min(load.outputs) // 2)
-    events = traced(lambda: turns(8))
+    def turns() -> None:
+        for _ in range(8):
+            core.turn()
+
+    events = traced(turns)
     core.abort([i + 1 for i in range(len(load.prompts))])
     core.drain()
     if not events:

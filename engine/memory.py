@@ -205,7 +205,9 @@ def _rows(
     rows = backend.row_buckets(seqs)
     if not meshed:
         return rows, (), 1
-    return rows, tuple(n for n in rows if n <= backend.mesh_rows), backend.mesh_steps
+    if backend.mesh_rows:
+        rows = (*(n for n in backend.mesh_rows if n < seqs), seqs)
+    return rows, rows if backend.mesh_steps > 1 else (), backend.mesh_steps
 
 
 def _budget(config: EngineConfig, backend: Backend, longest: int, seqs: int) -> int:

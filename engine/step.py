@@ -104,7 +104,7 @@ def ops_of(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | 
         grouped_linear=backend.grouped_linear,
         layers=backend.layers,
         attend_packed=attend_packed,
-        add_norm=backend.add_norm,
+        gated_linear=backend.gated_linear,
         across=across,
         dense_experts=backend.dense_experts,
     )

@@ -18,13 +18,13 @@ from octavo.models.layers import (
     Decoder,
     Fixed,
     Mlp,
-    add_norm,
     attention,
     attention_tensors,
     decoder_tensors,
     embed,
     gated_mlp,
     mlp_tensors,
+    rms_norm,
 )
 from octavo.models.ops import LayerSpec, Ops
 from octavo.models.rope import rotation
@@ -72,19 +72,17 @@ def forward(
     turn = rotation(fixed.rope, positions)
     local_turn = rotation(fixed.local_rope or fixed.rope, positions)
 
-    def norm(x: jax.Array, weight: jax.Array, y: jax.Array | None = None) -> Any:
-        """The sum of x and y, and its norm."""
-        return add_norm(x, y, weight, config.eps, ops, offset=1.0)
+    def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return rms_norm(x, weight, config.eps, offset=1.0)
 
     def block(x: jax.Array, w: Layer, kv: Any, spec: LayerSpec) -> tuple[jax.Array, Any]:
         own_turn = local_turn if w.local else turn
-        _, normed = norm(x, w.norm1)
-        a, kv = attention(fixed, w.attention, normed, own_turn, kv, spec, ops)
-        x, normed = norm(x, w.norm3, norm(a, w.norm2)[1])
-        y = gated_mlp(config, w.mlp, normed, ops)
-        return x + norm(y, w.norm4)[1], kv
+        a, kv = attention(fixed, w.attention, norm(x, w.norm1), own_turn, kv, spec, ops)
+        x = x + norm(a, w.norm2)
+        y = gated_mlp(config, w.mlp, norm(x, w.norm3), ops)
+        return x + norm(y, w.norm4), kv
 
     x = embed(params, tokens, ops)
     x = x * jnp.asarray(config.embed_scale, x.dtype)
     x, cache = ops.layers(block, x, params.layers, cache, fixed.specs)
-    return norm(x, params.norm)[1], cache
+    return norm(x, params.norm), cache

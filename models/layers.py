@@ -95,17 +95,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -
     return (wide * scale * (offset + weight.astype(jnp.float32))).astype(x.dtype)
 
 
-def add_norm(
-    x: jax.Array, y: jax.Array | None, weight: jax.Array, eps: float, ops: Ops, offset: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
-    """x [N, E], and y [N, E] to be added to it -> their sum, its `rms_norm`."""
-    done = ops.add_norm(x, y, weight, eps, offset)
-    if done is not None:
-        return done
-    x = x if y is None else x + y
-    return x, rms_norm(x, weight, eps, offset)
-
-
 def attention(
     fixed: Fixed,
     w: Attention,
@@ -152,6 +141,11 @@ def norm_offset(config: ModelConfig) -> float:
 
 def gated_mlp(config: ModelConfig, w: Mlp, x: jax.Array, ops: Ops) -> jax.Array:
     """x [N, E] -> down(act(gate(x)) * up(x)) [N, E]."""
+    weight = w.gate_up.weight
+    if w.gate_up.bias is None and weight.shape[0] == x.shape[1]:  # not in blocks of columns
+        inner = ops.gated_linear(x, weight.reshape(x.shape[1], -1), config.activation)
+        if inner is not None:
+            return ops.closing(inner, w.down)
     both = whole(ops.linear(x, w.gate_up), w.gate_up)  # [N, 2, F], or [N, 2 F]
     gate, up = jnp.split(both, 2, axis=1) if both.ndim == 2 else (both[:, 0], both[:, 1])
     return ops.closing(ACTIVATIONS[config.activation](gate) * up, w.down)

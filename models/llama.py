@@ -16,13 +16,13 @@ from octavo.models.layers import (
     Experts,
     Fixed,
     Mlp,
-    add_norm,
     attention,
     attention_tensors,
     decoder_tensors,
     embed,
     gated_mlp,
     mlp_tensors,
+    rms_norm,
 )
 from octavo.models.ops import LayerSpec, Ops
 from octavo.models.rope import rotation
@@ -72,11 +72,11 @@ def forward(
     turn = rotation(fixed.rope, positions)
 
     def block(x: jax.Array, w: Layer, kv: Any, spec: LayerSpec) -> tuple[jax.Array, Any]:
-        _, normed = add_norm(x, None, w.norm1, config.eps, ops)
+        normed = rms_norm(x, w.norm1, config.eps)
         a, kv = attention(fixed, w.attention, normed, turn, kv, spec, ops)
-        x, normed = add_norm(x, a, w.norm2, config.eps, ops)
-        return x + feed_forward(config, w.mlp, normed, ops), kv
+        x = x + a
+        return x + feed_forward(config, w.mlp, rms_norm(x, w.norm2, config.eps), ops), kv
 
     x = embed(params, tokens, ops)
     x, cache = ops.layers(block, x, params.layers, cache, fixed.specs)
-    return add_norm(x, None, params.norm, config.eps, ops)[1], cache
+    return rms_norm(x, params.norm, config.eps), cache

@@ -101,8 +101,9 @@ class Ops:
     attend_packed(mixed [N, K, J, D], turn, norms, cache, spec, eps, offset) -> as attend, or None
         `attend` of the projections as they come: it norms (norms: weights [2, D] of queries and
         keys, plus `offset`, or None) and turns them too. None: do that first, then `attend`.
-    add_norm(x [N, E], y [N, E] | None, weight [E], eps, offset) -> (x + y, its RMS norm), or None
-        both in one kernel, where that is faster. None: one after the other.
+    gated_linear(x [N, E], weight [E, 2 F], act) -> act(x @ weight[:, :F]) * (x @ weight[:, F:])
+        [N, F] in one kernel, where that is faster; act: a name in `layers.ACTIVATIONS`. None: one
+        after the other.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]]
@@ -110,7 +111,7 @@ class Ops:
     grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
-    add_norm: Callable[..., tuple[jax.Array, jax.Array] | None] = lambda *_: None
+    gated_linear: Callable[..., jax.Array | None] = lambda *_: None
     across: Across | None = None  # None: the model is whole
     dense_experts: bool = False  # every expert meets every token
 

@@ -105,7 +105,8 @@ def attend(
     if not chunks:
         return y, cache
     cache = write(cache, k, v, batch.dest, kv_scales, base=rows, interpret=interpret)
-    if capability == H100 and why_not_hopper(q, cache.k) is None and kv_scales is None:
+    hopper = capability == H100 and q.shape[0] - rows >= tuning.hopper.least and kv_scales is None
+    if hopper and why_not_hopper(q, cache.k) is None:
         return prefill_hopper(q, y, cache, batch, **static, tuning=tuning.hopper), cache
     most = SHARED.get(capability, LEAST_SHARED)
     blocks = prefill_tuning(q.shape[2], q.dtype.itemsize, cache.k.dtype.itemsize, most)

@@ -53,6 +53,7 @@ class HopperTuning:
 
     tile: int = 128  # keys
     stages: int = 2  # tiles of keys and of values on their way
+    least: int = 0  # tokens of chunks from which this kernel is taken
 
 
 HOPPER = HopperTuning()

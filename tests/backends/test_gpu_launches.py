@@ -63,7 +63,7 @@ def backend(packed: int) -> Backend:
         devices=(),
         attend=partial(gpu.attend, capability=capability),
         attend_packed=partial(gpu.attend_packed, choices=choices, capability=capability),
-        add_norm=partial(gpu.add_norm, choices=choices, capability=capability),
+        gated_linear=partial(gpu.gated_linear, choices=choices, capability=capability),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
         linear=plain.linear,
@@ -136,3 +136,16 @@ def test_experts_are_one_kernel_that_copies_none(rows: int, shape: tuple[int, in
     made = compiled(function, (x, weight, sizes))
     assert "gpu_grouped" in made.as_text() and " while(" not in made.as_text()
     assert made.memory_analysis().temp_size_in_bytes < 1 << 20
+
+
+@pytest.mark.parametrize("rows", [128, 576, 8448])  # 576: the last tile has half its rows
+@pytest.mark.parametrize(("E", "F", "act"), [(4096, 14336, "silu"), (640, 2048, "gelu_tanh")])
+def test_gate_and_up_with_their_activation_are_one_kernel(
+    rows: int, E: int, F: int, act: str
+) -> None:
+    x, weight = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, E), (E, 2 * F)))
+    function = jax.jit(
+        lambda x, w: gpu.gated_linear(x, w, act, choices=gpu.CHOICES, capability=(9, 0))
+    )
+    text = compiled(function, (x, weight)).as_text()
+    assert text.count(" custom-call(") == 1 and " fusion(" not in text

@@ -86,9 +86,9 @@ def test_only_small_models_of_a_backend_that_says_so_take_several_steps() -> Non
     assert plain.steps == 1 and plain.several_rows == () and select("cpu").small_model == 0
 
 
-def test_any_model_over_a_mesh_takes_several_steps_where_rows_are_few() -> None:
-    backend = replace(select("cpu"), mesh_steps=4, mesh_rows=4)
-    assert _rows(backend, 8, 1 << 40, meshed=True) == ((1, 2, 4, 8), (1, 2, 4), 4)
+def test_any_model_over_a_mesh_takes_several_steps_in_row_buckets_of_its_own() -> None:
+    backend = replace(select("cpu"), mesh_steps=4, mesh_rows=(2, 6, 32))
+    assert _rows(backend, 8, 1 << 40, meshed=True) == ((2, 6, 8), (2, 6, 8), 4)
     assert _rows(backend, 8, 1 << 40, meshed=False) == ((1, 2, 4, 8), (), 1)
 
 

@@ -1,1 +1,0 @@
-"""What stands between two projections: an addition and a norm."""
