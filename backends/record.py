@@ -111,7 +111,8 @@ class Backend:
     # program, in these row buckets up to the most.
     mesh_steps: int = 1
     mesh_rows: tuple[int, ...] = ()  # (): `row_buckets`
-    mesh_options: Callable[[], Mapping[str, str]] = lambda: {}  # XLA's, for programs over a mesh
+    # XLA's options besides, for a program over a mesh that runs so many tokens
+    mesh_options: Callable[[int], Mapping[str, str]] = lambda tokens: {}
     whole_steps: bool = False  # a decode step is one program: forward and sampling together
 
     memory_limit: Callable[[], int]  # bytes this process may still take on the first device

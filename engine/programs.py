@@ -151,7 +151,7 @@ class Programs:
         lowered = jax.jit(job.function, donate_argnums=job.donate, **where).lower(*job.arguments)
         options = dict(backend.compiler_options(job.tokens))
         if self.machine.mesh is not None:
-            options = {**backend.mesh_options(), **options}
+            options = {**backend.mesh_options(job.tokens), **options}
         if backend.autotuning and store is not None:
             options[backend.autotuning] = str(store.subfolder("autotuning"))
         self.builds[job.name] = (time.perf_counter() - began, 0.0)

@@ -37,3 +37,14 @@ def test_a_card_without_8_bit_floats_refuses_an_fp8_cache() -> None:
     config = EngineConfig(model="x", kv_cache_dtype="fp8")
     assert gpu.why_not(config, (9, 0)) is None
     assert "8.6 has no 8-bit floats" in str(gpu.why_not(config, (8, 6)))
+
+
+def test_an_option_that_this_xla_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, unknown = {"xla_gpu_autotune_level": "4"}, {"xla_gpu_of_another_year": "X"}
+    monkeypatch.setattr(gpu, "GRAPHS", known)
+    monkeypatch.setattr(gpu, "NCCL", {})
+    assert gpu.mesh_options(8) == gpu.mesh_options(256) == known
+    monkeypatch.setattr(gpu, "NCCL", unknown)
+    assert gpu.mesh_options(8) == gpu.mesh_options(256) == known
+    monkeypatch.setattr(gpu, "GRAPHS", unknown)
+    assert gpu.mesh_options(8) == gpu.mesh_options(256) == {}
