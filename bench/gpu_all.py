@@ -46,12 +46,14 @@ def _engine(shape: str, *words: str) -> tuple[str, ...]:
 
 ATTENTION = ("octavo.bench.gpu_attention", "--variants")
 APART = "gated_from=1000000"
+SHORT = "least=4096,cublas_from=4096"  # no call that a graph must trace below 4,096 tokens
 STEPS = (
     Step("golden", 40, ("octavo", "bench", "golden", "{weights}"), needs="weights"),
     Step("8B", 85, _engine("{8b}", "--steps")),
     Step("0.6B", 70, _engine("{0.6b}", "--steps")),
     Step("8B, gate and up apart", 70, _engine("{8b}", "prefill_heavy", "decode_heavy"), APART),
     Step("0.6B, gate and up apart", 60, _engine("{0.6b}", "prefill_heavy", "decode_heavy"), APART),
+    Step("0.6B, short prompts by Triton", 60, _engine("{0.6b}", "--steps", "chat_mix"), SHORT),
     Step("products", 60, ("octavo.bench.gpu_matmul",)),
     Step("graphs", 20, ("octavo.bench.gpu_graphs",)),
     Step("attention, both page sizes", 60, ("octavo.bench.gpu_attention",)),

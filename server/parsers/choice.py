@@ -29,11 +29,12 @@ class Choice:
         self._space = ""  # white space that may be beside a call
         self._beside = False  # nothing but white space came since a call
         self._calls = 0
+        self._answered = 0  # characters of the last text that are no thought
         self.reasoning_tokens = 0
 
     def rewrite(self, delta: Delta) -> None:
         """In place; nothing of the text is lost when the last delta has come."""
-        ended = delta.finish_reason is not None
+        ended, characters = delta.finish_reason is not None, len(delta.text)
         events = self._read(delta.text, ended)
         delta.text = delta.reasoning = ""
         thought = self._thinking is not None and self._thinking.inside
@@ -49,8 +50,9 @@ class Choice:
                 case CallGoesOn(arguments):
                     if self._counts():
                         delta.tool_calls.append(ToolCall(self._calls - 1, arguments=arguments))
-        if thought:
-            self.reasoning_tokens += len(delta.token_ids)
+        if thought:  # of what piled up with the answer's beginning, its part of the characters
+            tokens, answered = len(delta.token_ids), min(self._answered, characters)
+            self.reasoning_tokens += tokens - tokens * answered // max(1, characters)
         if ended:
             if self._strip is not None:
                 self._say(delta, "", self._strip.finish())
@@ -64,6 +66,7 @@ class Choice:
         events = self._thinking.feed(text)
         if ended:
             events += self._thinking.finish()
+        self._answered = sum(len(event.text) for event in events if isinstance(event, Text))
         out: list[Event] = []
         for event in events:
             out += self._answer(event.text, False) if isinstance(event, Text) else [event]

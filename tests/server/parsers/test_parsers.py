@@ -267,3 +267,14 @@ def test_marks_in_a_string_take_no_more_time_the_more_they_are():
 )
 def test_unquoted_values_have_the_type_of_the_schema(text, schema, expected):
     assert typed(text, schema) == expected
+
+
+@pytest.mark.parametrize("size", [1, 4, 30])
+def test_thoughts_that_come_with_the_answer_are_counted_by_their_part(size):
+    text = "<think>I wonder.</think>Hello."
+    choice = Choice(PARSERS["hermes"](), Thinking(inside=False), None, True, lambda: "id")
+    for i in range(0, len(text), size):
+        piece = text[i : i + size]
+        choice.rewrite(Delta(0, 0, piece, list(range(len(piece)))))
+    marked = len("<think>I wonder.</think>")  # what opens it counts where it comes whole
+    assert marked - len("<think>") <= choice.reasoning_tokens <= marked
