@@ -35,9 +35,10 @@ class Choice:
     def rewrite(self, delta: Delta) -> None:
         """In place; nothing of the text is lost when the last delta has come."""
         ended, characters = delta.finish_reason is not None, len(delta.text)
+        thought = self._thinks()
         events = self._read(delta.text, ended)
         delta.text = delta.reasoning = ""
-        thought = self._thinking is not None and self._thinking.inside
+        thought = thought or self._thinks()
         for event in events:
             match event:
                 case Text(text):
@@ -59,6 +60,9 @@ class Choice:
             delta.text += self._space
             if self._calls and delta.finish_reason == "stop":
                 delta.finish_reason = "tool_calls"
+
+    def _thinks(self) -> bool:
+        return self._thinking is not None and self._thinking.inside
 
     def _read(self, text: str, ended: bool) -> list[Event]:
         if self._thinking is None:
