@@ -53,14 +53,14 @@ def looped(cpu: Backend) -> Backend:
     """A CPU whose layers run in the TPU's loop."""
 
     def init_cache(
-        layers: Any, pages: Any, page_size: int, heads: int, size: int, dtype: Any
+        layers: Any, pages: Any, page_size: int, kv_heads: int, head_size: int, dtype: Any
     ) -> tuple[StackedKV, ...]:
         counts = [sum(layer.group == g for layer in layers) for g in range(len(pages))]
         return tuple(
             StackedKV(
                 jax.tree.map(
                     lambda a, n=n: jax.numpy.stack([a] * n),
-                    init_kv(count, page_size, heads, size, dtype),
+                    init_kv(count, page_size, kv_heads, head_size, dtype),
                 )
             )
             for count, n in zip(pages, counts, strict=True)
