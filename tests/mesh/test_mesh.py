@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-TESTS = [str(FOLDER / name) for name in ("on_eight_devices.py", "lanes_on_eight_devices.py")]
+TESTS = [str(FOLDER / f"{name}on_eight_devices.py") for name in ("", "lanes_", "stacked_")]
 
 
 def test_eight_devices_do_as_one() -> None:
