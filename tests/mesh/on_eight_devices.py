@@ -29,7 +29,7 @@ Said = list[tuple[list[int], list[float]]]  # tokens, and the log probabilities 
 # What is cut in a way of its own: few heads, biases (and two copies), windows, experts. The rest is
 # behind OCTAVO_MESH_FULL.
 MESHES = {
-    "llama": ("model=8", "stage=2"),
+    "llama": ("model=8", "stage=2,model=2"),
     "llama_bias": ("data=2,model=2",),
     "gemma3": ("model=4",),
     "qwen3_moe": ("expert=2,model=2",),
