@@ -13,6 +13,7 @@ from octavo.backends.record import BackendError
 from octavo.pallas_kernels.attention.gpu import Tuning
 from octavo.pallas_kernels.attention.gpu_decode import DecodeTuning
 from octavo.pallas_kernels.attention.gpu_hopper import HopperTuning
+from octavo.pallas_kernels.attention.gpu_hopper_decode import HopperDecodeTuning
 
 VARIABLE = "OCTAVO_GPU"
 Value = bool | int | str
@@ -56,7 +57,12 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
         given = {name: _like(tuning.hopper, name, value)}
         hopper = replace(tuning.hopper, **given)
         return replace(choices, tuning=replace(tuning, hopper=hopper))
-    known = ["cublas_from", "packed", "gated_from", *_names(DecodeTuning), *_names(HopperTuning)]
+    if name in _names(HopperDecodeTuning):
+        given = {name: _like(tuning.hopper_decode, name, value)}
+        walk = replace(tuning.hopper_decode, **given)
+        return replace(choices, tuning=replace(tuning, hopper_decode=walk))
+    tunings = (DecodeTuning, HopperTuning, HopperDecodeTuning)
+    known = ["cublas_from", "packed", "gated_from", *(n for t in tunings for n in _names(t))]
     raise BackendError(
         f"{VARIABLE} names `{name}`; there are {', '.join(dict.fromkeys(known))} and xla_..."
     )

@@ -35,6 +35,12 @@ from octavo.pallas_kernels.attention.gpu_hopper import (
     prefill_hopper,
     why_not_hopper,
 )
+from octavo.pallas_kernels.attention.gpu_hopper_decode import (
+    HOPPER_DECODE,
+    HopperDecodeTuning,
+    decode_hopper,
+    why_not_hopper_decode,
+)
 from octavo.pallas_kernels.attention.gpu_prefill import prefill, prefill_tuning, why_not_prefill
 from octavo.pallas_kernels.attention.gpu_write import write
 from octavo.pallas_kernels.attention.reference import KV
@@ -55,6 +61,7 @@ class Tuning:
 
     decode: DecodeTuning = DECODE
     hopper: HopperTuning = HOPPER
+    hopper_decode: HopperDecodeTuning = HOPPER_DECODE
 
 
 TUNING = Tuning()
@@ -101,7 +108,12 @@ def attend(
     chunks = q.shape[0] > rows
     static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap, sinks=sinks)
     scaled: dict[str, Any] = dict(kv_scales=kv_scales, interpret=interpret)
-    y, cache = decode(q, k, v, cache, batch, **static, **scaled, tuning=tuning.decode)
+    if _by_hopper(q, cache, batch, (sinks, kv_scales), capability, tuning):
+        how: dict[str, Any] = dict(merged=tuning.decode.merged, tuning=tuning.hopper_decode)
+        static_only: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
+        y, cache = decode_hopper(q, k, v, cache, batch, **static_only, **how)
+    else:
+        y, cache = decode(q, k, v, cache, batch, **static, **scaled, tuning=tuning.decode)
     if not chunks:
         return y, cache
     cache = write(cache, k, v, batch.dest, kv_scales, base=rows, interpret=interpret)
@@ -111,6 +123,20 @@ def attend(
     most = SHARED.get(capability, LEAST_SHARED)
     blocks = prefill_tuning(q.shape[2], q.dtype.itemsize, cache.k.dtype.itemsize, most)
     return prefill(q, y, cache, batch, **static, **scaled, tuning=blocks), cache
+
+
+def _by_hopper(
+    q: jax.Array,
+    cache: KV,
+    batch: RaggedBatch,
+    given: tuple[jax.Array | None, jax.Array | None],
+    capability: Capability,
+    tuning: Tuning,
+) -> bool:
+    """Whether Mosaic's kernel takes the decode rows."""
+    if capability != H100 or batch.table.shape[0] < tuning.hopper_decode.least_rows:
+        return False
+    return why_not_hopper_decode(q, cache.k, batch, given) is None
 
 
 def why_not_packed(

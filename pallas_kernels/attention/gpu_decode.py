@@ -41,6 +41,7 @@ ROWS = 16  # the smallest M of a tensor core product
 MOST_HEADS = 64  # query heads of one key-value head: more rows than that spill
 FINER = 4  # times the parts, where rows differ much
 ENOUGH = 2048  # merging programs that fill the card
+EIGHT = 8  # places that a key-value head's maxima and sums take at least
 FEW = 1024  # results, below which a merge has multiprocessors to spare
 EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
 
@@ -263,6 +264,7 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
     @pl.when(row < table_ref.shape[0])
     def _():
         heads = head * c.G + jnp.minimum(jnp.arange(c.rows), c.G - 1)
+        member = heads % max_ref.shape[2]
 
         def place(i):
             t = jnp.minimum(low + i * tile + jnp.arange(tile), jnp.maximum(high - 1, 0))
@@ -315,8 +317,8 @@ def _kernel(c: _Static, parts_ref, table_ref, dest_ref, *refs):
         @pl.when(kind < 2)
         def write_part():
             acc_ref[part, heads] = acc
-            max_ref[part, heads] = top
-            sum_ref[part, heads] = total
+            max_ref[part, head, member] = top
+            sum_ref[part, head, member] = total
 
 
 def _scales(c: _Static, given, head):
@@ -351,26 +353,29 @@ def _new_token(c: _Static, last, q, k, v, sink, k_scale, carry):
     return acc, peak, total
 
 
-def _merge_kernel(rows_ref, acc_ref, max_ref, sum_ref, y_in, y_ref, *, merged, columns, heads):
+def _merge_kernel(
+    rows_ref, acc_ref, max_ref, sum_ref, y_in, y_ref, *, merged, columns, heads, group
+):
     """Join the parts of a row's query heads, some columns; rows of one part are done, idle rows
-    become zero."""
+    become zero. Maxima and sums are [W, K, max(8, group)]: gpu_hopper_decode.py says where."""
     row, first_head = pl.program_id(0), pl.program_id(1) * heads
     first, count = rows_ref[row, 0], rows_ref[row, 1]
     mine = pl.ds(pl.program_id(2) * columns, columns)
 
     def one_head(i, carry):
         head = first_head + i
+        place = (head // group, head % max_ref.shape[2])
 
         def join(i, carry):
             acc, top, total = carry
             index = i * merged + jnp.arange(merged)
             part, there = first + jnp.minimum(index, count - 1), index < count
-            maxima = jnp.where(there, max_ref[part, head], NOTHING)
+            maxima = jnp.where(there, max_ref[part, *place], NOTHING)
             peak = jnp.maximum(top, jnp.max(maxima, axis=0))
             weight = jnp.where(there, jnp.exp2(maxima - peak), 0.0)
             shrink = jnp.exp2(top - peak)
             acc = acc * shrink + jnp.sum(acc_ref[part, head, mine] * weight[:, None], axis=0)
-            return acc, peak, total * shrink + jnp.sum(sum_ref[part, head] * weight, axis=0)
+            return acc, peak, total * shrink + jnp.sum(sum_ref[part, *place] * weight, axis=0)
 
         start = (jnp.zeros((columns,), jnp.float32), jnp.float32(NOTHING), jnp.float32(0))
         acc, _, total = lax.fori_loop(0, pl.cdiv(count, merged), join, start)
@@ -457,10 +462,11 @@ def _decode(
     interpret: bool,
     turned: Turned | None,
 ) -> tuple[jax.Array, KV]:
-    (_, H, D), (P, K, S, _), R = shape, cache.k.shape, batch.table.shape[0]
+    (_, H, D), (P, K, S, _) = shape, cache.k.shape
     target = max(1, tuning.parts // K)
     plan = plan_decode(batch, window=window, tile=tuning.tile, target=target)
     W, flat = plan.parts.shape[0], (P * K * S, D)
+    sums = (W, K, max(EIGHT, H // K))
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     c = _Static(
         G=H // K, K=K, S=S, rows=max(ROWS, 1 << (H // K - 1).bit_length()), scale=scale,
@@ -476,21 +482,34 @@ def _decode(
         (plan.parts, batch.table, batch.dest, *sources, *there,
          cache.k.reshape(flat), cache.v.reshape(flat)),
         (result, jax.ShapeDtypeStruct(flat, cache.k.dtype),
-         jax.ShapeDtypeStruct(flat, cache.v.dtype), f32((W, H, D)), f32((W, H)), f32((W, H))),
+         jax.ShapeDtypeStruct(flat, cache.v.dtype), f32((W, H, D)), f32(sums), f32(sums)),
         aliases={first: 1, first + 1: 2}, warps=tuning.warps, name="paged_decode",
         interpret=interpret,
     )  # fmt: skip
+    y = merge(plan, (y, acc, top, total), tuning.merged, interpret)
+    return y, KV(k=k_flat.reshape(P, K, S, D), v=v_flat.reshape(P, K, S, D))
+
+
+def merge(
+    plan: DecodePlan, results: tuple[jax.Array, ...], merged: int, interpret: bool
+) -> jax.Array:
+    """results: y [N, H, D]; of each part acc f32[W, H, D], maxima and sums f32[W, K, max(8, G)] ->
+    y with the rows of several parts too, and zeros for idle rows."""
+    y, acc, top, total = results
+    (_, H, D), R = y.shape, plan.rows.shape[0]
     # Few results: 32 columns a program, many parts at once. Many: several heads a program.
-    merged, columns = (64, 32) if R * H <= FEW else (tuning.merged, D)
+    merged, columns = (64, 32) if R * H <= FEW else (merged, D)
     heads = _heads_together(R, H)
-    y = _call(
-        functools.partial(_merge_kernel, merged=merged, columns=columns, heads=heads),
+    body = functools.partial(
+        _merge_kernel, merged=merged, columns=columns, heads=heads, group=H // top.shape[1]
+    )
+    return _call(
+        body,
         (R, H // heads, D // columns),
         (plan.rows, acc, top, total, y),
-        result,
+        jax.ShapeDtypeStruct(y.shape, y.dtype),
         aliases={4: 0}, warps=2, name="merge_decode", interpret=interpret,
     )  # fmt: skip
-    return y, KV(k=k_flat.reshape(P, K, S, D), v=v_flat.reshape(P, K, S, D))
 
 
 def _heads_together(R: int, H: int) -> int:

@@ -80,9 +80,19 @@ def why_not_hopper(q: jax.Array, k_pages: jax.Array) -> str | None:
     return None
 
 
-def _transposed(ref):
+def transposed(ref):
     """A view of a tile with its axes exchanged."""
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
+
+
+def put(ref, value):
+    """Store registers in shared memory whose rows lie one behind another, as copies of any number
+    of them need. Banks conflict there, which jax 0.12 wants to hear is meant."""
+    store = getattr(plgpu, "store", None)
+    if store is None:
+        ref[...] = value
+    else:
+        store(ref, value, optimized=False)
 
 
 @dataclass(frozen=True)
@@ -289,7 +299,7 @@ def _fresh(c: _Static):
 def _multiply_keys(c: _Static, m: _Shared, x_ref, half, mine, stage):
     for i in range(c.slices):
         keys = m.k_tiles.at[stage, :, pl.ds(i * SLICE, SLICE)]
-        plgpu.wgmma(x_ref, m.q_views[0].at[half, mine, i], _transposed(keys))
+        plgpu.wgmma(x_ref, m.q_views[0].at[half, mine, i], transposed(keys))
 
 
 def _begin(c: _Static, m: _Shared, mine, walk) -> _Softmax:
@@ -402,7 +412,7 @@ def _mix(c: _Static, m: _Shared, mine, walk, following, turn, done, soft: _Softm
 def _store(c: _Static, y, walk, mine, y_tile, y_ref):
     """Write the rows that are tokens of this block: as few copies as their number has bits."""
     plgpu.wait_smem_to_gmem(0)  # the block before has left y_tile
-    y_tile[...] = y.astype(c.dtype)
+    put(y_tile, y.astype(c.dtype))
     plgpu.commit_smem()
     count = jnp.clip(walk.size - mine * ROWS, 0, ROWS)
     for bit in range(log2(ROWS), -1, -1):

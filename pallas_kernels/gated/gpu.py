@@ -122,7 +122,10 @@ def _supply(c: _Static, m: _Shared, x_ref, weight_ref):
 
         return lax.fori_loop(0, c.steps, step, ())
 
-    lax.fori_loop(0, _turns(c), tile, ())
+    turns = _turns(c)
+    lax.fori_loop(0, turns, tile, ())
+    for i in range(STAGES):  # what is freed last is waited for, too
+        plgpu.barrier_wait(m.freed.at[lax.rem(turns * c.steps + i, jnp.int32(STAGES))])
 
 
 def _multiply(c: _Static, m: _Shared, mine, turn):

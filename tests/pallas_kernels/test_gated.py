@@ -1,9 +1,10 @@
 """Gate, up and activation in one kernel: what it takes, and what it is built as.
 
-Nothing interprets it: `octavo.bench.gpu_matmul` compares it with the definition on a card.
+`octavo.bench.gpu_matmul` compares it with XLA's products on a card.
 """
 
 import functools
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -63,6 +64,22 @@ def test_it_lowers_for_hopper() -> None:
     function = jax.jit(functools.partial(gpu.gated_linear, act="silu"))
     text = function.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
+
+
+@NEW
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("N", "E", "F", "act"), [(136, 192, 256, "silu"), (64, 320, 128, "gelu_tanh")]
+)
+def test_it_matches_the_definition_in_the_interpreter(N: int, E: int, F: int, act: str) -> None:
+    plgpu: Any = import_module("jax.experimental.pallas.mosaic_gpu")
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (N, E), jnp.bfloat16)
+    weight = 0.1 * jax.random.normal(keys[1], (E, 2 * F), jnp.bfloat16)
+    interpreter = plgpu.InterpretGPUParams(detect_races=True)
+    got = gpu.gated_linear(x, weight, act, interpret=interpreter).astype(jnp.float32)
+    want = reference.gated_linear(x, weight, ACTIVATIONS[act]).astype(jnp.float32)
+    assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 4e-3
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -174,6 +174,7 @@ def test_lowers_for_cuda(heads: tuple[int, int, int]) -> None:
         assert kernel in text
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(not writes_through_references(), reason="needs jax 0.11")
 @pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("heads", [(32, 8, 128), (14, 2, 64)])
