@@ -31,6 +31,7 @@ from octavo.pallas_kernels.attention.batch import RaggedBatch
 from octavo.pallas_kernels.attention.gpu import Tuning
 from octavo.pallas_kernels.attention.gpu_decode import DecodeTuning
 from octavo.pallas_kernels.attention.gpu_hopper import HopperTuning
+from octavo.pallas_kernels.attention.gpu_hopper_decode import HopperDecodeTuning
 from octavo.pallas_kernels.attention.reference import KV
 
 HEADS = (32, 8, 128)  # H, K, D: the Llama-3.1-8B shape
@@ -79,10 +80,15 @@ def _decode(**how: Any) -> tuple[Tuning, str]:
     return Tuning(decode=DecodeTuning(**how)), BF16
 
 
+def _mosaic(**how: Any) -> tuple[Tuning, str]:
+    return Tuning(hopper_decode=HopperDecodeTuning(least_rows=1, **how)), BF16
+
+
 DECODE_VARIANTS: Variants = {
     "default": (Tuning(), BF16),
-    "tile 32": _decode(tile=32),
-    "tile 128": _decode(tile=128),
+    "Mosaic": _mosaic(),
+    "Mosaic, 2 tiles": _mosaic(tiles=2),
+    "Mosaic, 1,056 pairs": _mosaic(pairs=1056),
     "264 parts": _decode(parts=264),
     "1,056 parts": _decode(parts=1056),
     "fp8": (Tuning(), "float8_e4m3fn"),

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.bench.common import Row, Spread, report
-from octavo.engine.config import ConfigError
+from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.runner import choose_runner
 
 PATIENCE = 600.0  # seconds for anything
 NAME = "octavo-bench"
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Start Ray here, measure, end it."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("Ray is not installed", "pip install 'octavo[ray]'")
+    choose_runner(EngineConfig(model=args.model))  # a model that is not here is said at once
     url = f"http://127.0.0.1:{args.port}"
     with _application(args.model, args.port):
         rows = [*_door(url, args.output_len), *_scale(url, args), *_loss(url, args)]

@@ -1,6 +1,7 @@
 """Ragged paged attention on NVIDIA GPUs: decode rows and prompt chunks of one step, in one buffer.
 
-    rows    paged_decode    stores each row's new token, attends; merge_decode joins split rows
+    rows    paged_decode    stores each row's new token, attends; merge_decode joins split rows;
+                            on Hopper paged_decode_hopper can, from as many rows as the tuning says
     chunks  write_pages     stores the chunks' tokens
             paged_prefill   attends them over their pages, writes beside the rows' results; on
                             Hopper paged_prefill_hopper does, where it takes the step
