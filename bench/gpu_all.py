@@ -49,18 +49,18 @@ APART = "gated_from=1000000"
 MOSAIC = "least_rows=129"  # smaller batches have norms and rotation in Triton's kernel
 SHORT = "least=4096,cublas_from=4096"  # no call that a graph must trace below 4,096 tokens
 STEPS = (
+    Step("decode by Mosaic", 50, (*ATTENTION, "--only", "decode")),
     Step("golden", 40, ("octavo", "bench", "golden", "{weights}"), needs="weights"),
     Step("8B", 85, _engine("{8b}", "--steps")),
-    Step("0.6B", 70, _engine("{0.6b}", "--steps")),
-    Step("8B, gate and up apart", 70, _engine("{8b}", "prefill_heavy", "decode_heavy"), APART),
-    Step("0.6B, gate and up apart", 60, _engine("{0.6b}", "prefill_heavy", "decode_heavy"), APART),
-    Step("decode by Mosaic", 50, (*ATTENTION, "--only", "decode")),
     Step("8B, decode by Mosaic", 70, _engine("{8b}", "decode_heavy", "chat_mix"), MOSAIC),
+    Step("0.6B", 70, _engine("{0.6b}", "--steps")),
     Step("0.6B, decode by Mosaic", 70, _engine("{0.6b}"), MOSAIC),
     Step("0.6B, short prompts by Triton", 60, _engine("{0.6b}", "--steps", "chat_mix"), SHORT),
     Step("products", 60, ("octavo.bench.gpu_matmul",)),
-    Step("graphs", 20, ("octavo.bench.gpu_graphs",)),
     Step("attention, both page sizes", 60, ("octavo.bench.gpu_attention",)),
+    Step("8B, gate and up apart", 70, _engine("{8b}", "prefill_heavy", "decode_heavy"), APART),
+    Step("0.6B, gate and up apart", 60, _engine("{0.6b}", "prefill_heavy", "decode_heavy"), APART),
+    Step("graphs", 20, ("octavo.bench.gpu_graphs",)),
     Step("prefill variants", 45, (*ATTENTION, "--only", "prefill")),
     Step("8B again, from caches", 20, _engine("{8b}", "single_stream")),
     Step("0.6B again, from caches", 10, _engine("{0.6b}", "single_stream")),
