@@ -186,11 +186,13 @@ def _supply(c: _Static, m: _Shared, i: _Inputs, turns):
     def copy(source, begin, rows, target, at, barrier):
         plgpu.copy_gmem_to_smem(source.at[pl.ds(begin, rows)], target.at[pl.ds(at, rows)], barrier)
 
-    def fetch(part: _Part, n, pages, new, target, barrier):
+    def page_of(part: _Part, n):
+        place = jnp.clip((part.first + n) * TILE, 0, jnp.maximum(part.high - 1, 0))
+        return i.table[part.row, lax.shift_right_logical(place, jnp.int32(log2(c.S)))]
+
+    def fetch(part: _Part, n, page, pages, new, target, barrier):
         """One tile of keys or values; two arrivals, whatever is copied."""
         begin = (part.first + n) * TILE
-        place = jnp.clip(begin, 0, jnp.maximum(part.high - 1, 0))
-        page = i.table[part.row, lax.shift_right_logical(place, jnp.int32(log2(c.S)))]
         where = (page * c.K + part.head) * c.S + (begin & (c.S - 1))
         left = part.high - begin
         own = n >= part.cached
@@ -223,24 +225,27 @@ def _supply(c: _Static, m: _Shared, i: _Inputs, turns):
                 plgpu.barrier_arrive(barrier)
 
     def one(turn, carry):
-        done, part = carry
+        done, part, page = carry
         following, half = _load(c, i, turn + 1, turns), turn & 1
         plgpu.barrier_wait(m.q_freed.at[half])
         heads = _aligned(part.row * c.H + part.head * c.G)[0]
         copy(i.q, heads, c.group, m.q_tiles.at[half], 0, m.q_arrived.at[half])
 
-        def tile(n, _):
-            stage = lax.rem(done + n, jnp.int32(c.stages))
+        def tile(n, page):
+            stage, last = lax.rem(done + n, jnp.int32(c.stages)), n + 1 == _tiles(part)
+            after = jax.tree.map(lambda a, b: jnp.where(last, b, a), part, following)
+            ahead = page_of(after, jnp.where(last, 0, n + 1))  # arrives while others are waited for
             plgpu.barrier_wait(m.k_freed.at[stage])
-            fetch(part, n, i.k_pages, i.k, m.k_tiles.at[stage], m.k_arrived.at[stage])
+            fetch(part, n, page, i.k_pages, i.k, m.k_tiles.at[stage], m.k_arrived.at[stage])
             plgpu.barrier_wait(m.v_freed.at[stage])
-            fetch(part, n, i.v_pages, i.v, m.v_tiles.at[stage], m.v_arrived.at[stage])
-            return ()
+            fetch(part, n, page, i.v_pages, i.v, m.v_tiles.at[stage], m.v_arrived.at[stage])
+            return ahead
 
-        lax.fori_loop(0, _tiles(part), tile, ())
-        return done + _tiles(part), following
+        page = lax.fori_loop(0, _tiles(part), tile, page)
+        return done + _tiles(part), following, page
 
-    done, _ = lax.fori_loop(0, turns, one, (jnp.int32(0), _load(c, i, 0, turns)))
+    begin = _load(c, i, 0, turns)
+    done, *_ = lax.fori_loop(0, turns, one, (jnp.int32(0), begin, page_of(begin, 0)))
     for n in range(c.stages):  # what is freed last is waited for, too
         stage = lax.rem(done + n, jnp.int32(c.stages))
         plgpu.barrier_wait(m.k_freed.at[stage])
