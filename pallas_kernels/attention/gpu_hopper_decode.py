@@ -58,6 +58,7 @@ class HopperDecodeTuning:
 
     tiles: int = 3  # of keys and of values on their way
     pairs: int = 528  # of a part and a head, to cut a batch into: some for each program
+    programs: int = PROGRAMS  # fewer only to test how one goes from part to part
     least_rows: int = 1 << 30  # from which it is taken: not yet, it has not been measured
 
 
@@ -453,7 +454,7 @@ def parts_hopper(
     plan = plan_decode(batch, window=window, tile=TILE, target=max(1, tuning.pairs // K))
     W = plan.parts.shape[0]
     used = jnp.sum(plan.rows[:, 1], dtype=jnp.int32)[None]
-    programs = min(PROGRAMS, W * K)
+    programs = min(tuning.programs, W * K)
     c = _Static(R, H, K, S, D, tuning.tiles, programs, scale, softcap, q.dtype)
     k_ref, v_ref = (jax.new_ref(x.reshape(P * K * S, D)) for x in (cache.k, cache.v))
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

@@ -66,7 +66,7 @@ def test_matches_the_definition_without_races(name: str) -> None:
     static = {"window": case.window, "scale": 128**-0.5, "softcap": case.softcap}
     want, pages_wanted = reference.attend(q, k, v, cache, batch, **static)
     interpreter = plgpu.InterpretGPUParams(detect_races=True)
-    tuning = HopperDecodeTuning(pairs=pairs)
+    tuning = HopperDecodeTuning(pairs=pairs, programs=5)
     plan, results, pages = parts_hopper(
         q, k, v, cache, batch, **static, tuning=tuning, interpret=interpreter
     )
