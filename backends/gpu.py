@@ -8,7 +8,7 @@ import jax
 
 from octavo.backends import plain
 from octavo.backends.gpu_choices import Choices
-from octavo.backends.record import Backend
+from octavo.backends.record import Backend, up_to
 from octavo.pallas_kernels.attention import blockwise, gpu
 from octavo.pallas_kernels.attention.batch import RaggedBatch
 from octavo.pallas_kernels.attention.reference import KV
@@ -48,8 +48,8 @@ def backend(reason: str, choices: Choices = CHOICES) -> Backend:
         linear=plain.linear,
         grouped_linear=partial(grouped_linear, capability=capability),
         layers=plain.layers,
-        row_buckets=lambda most: _up_to(ROWS, most),
-        token_buckets=lambda most: _up_to(TOKENS, most),
+        row_buckets=lambda most: up_to(ROWS, most),
+        token_buckets=lambda most: up_to(TOKENS, most),
         max_num_seqs=256,
         max_num_batched_tokens=8192 if free() > 40 * GB else 2048,
         page_size=64,
@@ -112,15 +112,16 @@ def attend_packed(
 
 def gated_linear(
     x: jax.Array,
-    weight: jax.Array,
+    layer: plain.Projection,
     act: str,
     *,
     choices: Choices,
     capability: gpu.Capability,
 ) -> jax.Array | None:
     """Both projections and their activation in one kernel; None where XLA's are as good."""
-    if x.shape[0] < choices.gated_from:
+    if x.shape[0] < choices.gated_from or layer.bias is not None:
         return None
+    weight = layer.weight.reshape(x.shape[1], -1)
     if gated.why_not(x, weight, act, capability) is not None:
         return None
     return gated.gated_linear(x, weight, act)
@@ -176,11 +177,6 @@ def why_not(config: Any, capability: gpu.Capability) -> str | None:
             f"8.9 and later have, got `kv_cache_dtype=fp8`; use auto or int8"
         )
     return None
-
-
-def _up_to(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """The buckets below `most`, and `most` itself."""
-    return (*(size for size in sizes if size < most), most)
 
 
 def _free_memory(device: jax.Device) -> Callable[[], int]:

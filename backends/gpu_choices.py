@@ -11,9 +11,6 @@ from typing import Any
 
 from octavo.backends.record import BackendError
 from octavo.pallas_kernels.attention.gpu import Tuning
-from octavo.pallas_kernels.attention.gpu_decode import DecodeTuning
-from octavo.pallas_kernels.attention.gpu_hopper import HopperTuning
-from octavo.pallas_kernels.attention.gpu_hopper_decode import HopperDecodeTuning
 
 VARIABLE = "OCTAVO_GPU"
 Value = bool | int | str
@@ -46,23 +43,16 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
     if name.startswith("xla_"):
         return replace(choices, xla=(*choices.xla, (name, _value(value))))
     tuning = choices.tuning
-    if name in ("cublas_from", "packed", "gated_from"):
+    known = ["cublas_from", "packed", "gated_from"]
+    if name in known:
         given: dict[str, Any] = {name: _number(name, value)}
         return replace(choices, **given)
-    if name in _names(DecodeTuning):
-        given = {name: _like(tuning.decode, name, value)}
-        decode = replace(tuning.decode, **given)
-        return replace(choices, tuning=replace(tuning, decode=decode))
-    if name in _names(HopperTuning):
-        given = {name: _like(tuning.hopper, name, value)}
-        hopper = replace(tuning.hopper, **given)
-        return replace(choices, tuning=replace(tuning, hopper=hopper))
-    if name in _names(HopperDecodeTuning):
-        given = {name: _like(tuning.hopper_decode, name, value)}
-        walk = replace(tuning.hopper_decode, **given)
-        return replace(choices, tuning=replace(tuning, hopper_decode=walk))
-    tunings = (DecodeTuning, HopperTuning, HopperDecodeTuning)
-    known = ["cublas_from", "packed", "gated_from", *(n for t in tunings for n in _names(t))]
+    for part in fields(Tuning):
+        record = getattr(tuning, part.name)
+        if name in (names := _names(type(record))):
+            changed = replace(record, **{name: _like(record, name, value)})
+            return replace(choices, tuning=replace(tuning, **{part.name: changed}))
+        known += names
     raise BackendError(
         f"{VARIABLE} names `{name}`; there are {', '.join(dict.fromkeys(known))} and xla_..."
     )

@@ -71,7 +71,7 @@ class Backend:
     # attend_packed(mixed [N, K, J, D], turn, norms, cache, batch, *, window, scale, softcap, eps,
     # offset) -> (out, cache), or None where it refuses the step: norms and rotation are its own.
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
-    # gated_linear(x [N, E], weight [E, 2 F], act) -> [N, F], or None, likewise
+    # gated_linear(x [N, E], Linear [E, 2, F], act) -> [N, F], or None, likewise
     gated_linear: Callable[..., jax.Array | None] = lambda *_: None
     stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
 
@@ -121,6 +121,11 @@ class Backend:
     check_jobs: Callable[[Sequence[Any]], None] = lambda jobs: None
     # why_not(config): why an EngineConfig-like object cannot be served here, and what to change
     why_not: Callable[[Any], str | None]
+
+
+def up_to(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """The buckets below `most`, and `most` itself."""
+    return (*(size for size in sizes if size < most), most)
 
 
 def doubling(first: int, last: int, factor: int = 2) -> tuple[int, ...]:

@@ -152,9 +152,14 @@ def drive(core: Any, load: Workload, shorten: int = 0) -> float:
     submit(core, load, shorten)
     got = 0
     while core.has_work():
-        got += sum(len(output.tokens) // 4 for output in core.turn())
+        got += turn(core)
     assert got == (shorten * len(load.prompts) or load.tokens_out), f"{got=}"
     return time.perf_counter() - began
+
+
+def turn(core: Any) -> int:
+    """Take a turn: how many tokens came of it."""
+    return sum(len(output.tokens) // 4 for output in core.turn())
 
 
 def submit(core: Any, load: Workload, shorten: int = 0) -> None:

@@ -157,7 +157,7 @@ def share(core: Any, load: Any, show: bool) -> float | None:
 
     got = 0
     while 2 * got < load.tokens_out:
-        got += sum(len(output.tokens) // 4 for output in core.turn())
+        got += gpu.turn(core)
 
     def turns() -> None:
         for _ in range(8):

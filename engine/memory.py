@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from octavo.backends.record import Backend, cache_dtype
+from octavo.backends.record import Backend, cache_dtype, up_to
 from octavo.engine.auto_mesh import sizes_of
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.mesh import make_mesh, shards_of
@@ -200,13 +200,13 @@ def _rows(
 ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """The row buckets, those that have programs of several decode steps, and how many these are."""
     if weights < backend.small_model:
-        rows = (*(rows for rows in backend.small_rows if rows < seqs), seqs)
+        rows = up_to(backend.small_rows, seqs)
         return rows, rows, backend.small_steps
     rows = backend.row_buckets(seqs)
     if not meshed:
         return rows, (), 1
     if backend.mesh_rows:
-        rows = (*(n for n in backend.mesh_rows if n < seqs), seqs)
+        rows = up_to(backend.mesh_rows, seqs)
     return rows, rows if backend.mesh_steps > 1 else (), backend.mesh_steps
 
 

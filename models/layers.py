@@ -141,11 +141,9 @@ def norm_offset(config: ModelConfig) -> float:
 
 def gated_mlp(config: ModelConfig, w: Mlp, x: jax.Array, ops: Ops) -> jax.Array:
     """x [N, E] -> down(act(gate(x)) * up(x)) [N, E]."""
-    weight = w.gate_up.weight
-    if w.gate_up.bias is None and weight.shape[0] == x.shape[1]:  # not in blocks of columns
-        inner = ops.gated_linear(x, weight.reshape(x.shape[1], -1), config.activation)
-        if inner is not None:
-            return ops.closing(inner, w.down)
+    inner = ops.gated_linear(x, w.gate_up, config.activation)
+    if inner is not None:
+        return ops.closing(inner, w.down)
     both = whole(ops.linear(x, w.gate_up), w.gate_up)  # [N, 2, F], or [N, 2 F]
     gate, up = jnp.split(both, 2, axis=1) if both.ndim == 2 else (both[:, 0], both[:, 1])
     return ops.closing(ACTIVATIONS[config.activation](gate) * up, w.down)

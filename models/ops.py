@@ -101,7 +101,7 @@ class Ops:
     attend_packed(mixed [N, K, J, D], turn, norms, cache, spec, eps, offset) -> as attend, or None
         `attend` of the projections as they come: it norms (norms: weights [2, D] of queries and
         keys, plus `offset`, or None) and turns them too. None: do that first, then `attend`.
-    gated_linear(x [N, E], weight [E, 2 F], act) -> act(x @ weight[:, :F]) * (x @ weight[:, F:])
+    gated_linear(x [N, E], Linear [E, 2, F], act) -> act(gate) * up of the two projections
         [N, F] in one kernel, where that is faster; act: a name in `layers.ACTIVATIONS`. None: one
         after the other.
     """

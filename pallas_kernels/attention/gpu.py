@@ -107,12 +107,12 @@ def attend(
         raise ValueError(f"attention on this GPU cannot take this step: {refusal}")
     rows = batch.table.shape[0] * batch.tokens_per_row
     chunks = q.shape[0] > rows
-    static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap, sinks=sinks)
+    form: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
+    static = form | dict(sinks=sinks)
     scaled: dict[str, Any] = dict(kv_scales=kv_scales, interpret=interpret)
     if _by_hopper(q, cache, batch, (sinks, kv_scales), capability, tuning):
-        how: dict[str, Any] = dict(merged=tuning.decode.merged, tuning=tuning.hopper_decode)
-        static_only: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap)
-        y, cache = decode_hopper(q, k, v, cache, batch, **static_only, **how)
+        form |= dict(merged=tuning.decode.merged, tuning=tuning.hopper_decode)
+        y, cache = decode_hopper(q, k, v, cache, batch, **form)
     else:
         y, cache = decode(q, k, v, cache, batch, **static, **scaled, tuning=tuning.decode)
     if not chunks:

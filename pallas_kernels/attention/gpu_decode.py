@@ -466,7 +466,7 @@ def _decode(
     target = max(1, tuning.parts // K)
     plan = plan_decode(batch, window=window, tile=tuning.tile, target=target)
     W, flat = plan.parts.shape[0], (P * K * S, D)
-    sums = (W, K, max(EIGHT, H // K))
+    sums = (W, K, together(H // K))
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     c = _Static(
         G=H // K, K=K, S=S, rows=max(ROWS, 1 << (H // K - 1).bit_length()), scale=scale,
@@ -488,6 +488,11 @@ def _decode(
     )  # fmt: skip
     y = merge(plan, (y, acc, top, total), tuning.merged, interpret)
     return y, KV(k=k_flat.reshape(P, K, S, D), v=v_flat.reshape(P, K, S, D))
+
+
+def together(G: int) -> int:
+    """Places that the maxima and sums of a key-value head's G query heads take."""
+    return max(EIGHT, G)
 
 
 def merge(

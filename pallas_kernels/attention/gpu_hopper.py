@@ -38,13 +38,20 @@ from octavo.pallas_kernels.attention.batch import RaggedBatch
 from octavo.pallas_kernels.attention.gpu_decode import LOG2E, NOTHING, cap, log2
 from octavo.pallas_kernels.attention.gpu_prefill import plan_prefill
 from octavo.pallas_kernels.attention.reference import KV
+from octavo.pallas_kernels.mosaic import (
+    PROGRAMS,
+    SLICE,
+    compiler_params,
+    put,
+    tiled,
+    transposed,
+    writes_through_references,
+)
 
 ROWS = 64  # tokens of one mixer: the M of a wgmma
 MIXERS = 2
 BLOCK = MIXERS * ROWS
 EIGHT = 8  # columns of a wgmma's accumulator that a quad of threads holds together
-SLICE = 64  # columns of a swizzled tile: 128 bytes
-PROGRAMS = 132  # multiprocessors of an H100; each keeps one program from beginning to end
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,6 @@ class HopperTuning:
 
 
 HOPPER = HopperTuning()
-
-
-def writes_through_references() -> bool:
-    """Whether a kernel inside `jit` can write to a reference made there: jax 0.11 and later."""
-    return tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
 
 
 def why_not_hopper(q: jax.Array, k_pages: jax.Array) -> str | None:
@@ -78,21 +80,6 @@ def why_not_hopper(q: jax.Array, k_pages: jax.Array) -> str | None:
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != k_pages.dtype:
         return f"queries are {q.dtype} and the cache is {k_pages.dtype}: 16 bits are needed"
     return None
-
-
-def transposed(ref):
-    """A view of a tile with its axes exchanged."""
-    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
-
-
-def put(ref, value):
-    """Store registers in shared memory whose rows lie one behind another, as copies of any number
-    of them need. Banks conflict there, which jax 0.12 wants to hear is meant."""
-    store = getattr(plgpu, "store", None)
-    if store is None:
-        ref[...] = value
-    else:
-        store(ref, value, optimized=False)
 
 
 @dataclass(frozen=True)
@@ -498,13 +485,12 @@ def longest_first(plan: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
 
 def _scratch(c: _Static) -> _Shared:
     """The shared memory and barriers to ask for."""
-    tiled = (plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(128))
     # One place in two forms: the copy engine counts the rows of a tiled form in tiles of 8.
     q_views = [
         plgpu.SMEM((2, MIXERS, c.slices, ROWS, SLICE), c.dtype, transforms=transforms)
-        for transforms in (tiled, tiled[1:])
+        for transforms in (tiled(), tiled()[1:])
     ]
-    pages = plgpu.SMEM((c.stages, c.tile, c.D), c.dtype, transforms=tiled)
+    pages = plgpu.SMEM((c.stages, c.tile, c.D), c.dtype, transforms=tiled())
     arrived = plgpu.Barrier(num_arrivals=c.pieces, num_barriers=c.stages)
     freed = plgpu.Barrier(num_arrivals=MIXERS, num_barriers=c.stages)
     return _Shared(
@@ -560,11 +546,7 @@ def prefill_hopper(
         num_threads=MIXERS + 1,
         thread_name="warpgroup",
         kernel_name="paged_prefill_hopper",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # no thread reads shared memory, but for wgmma
-        ),
+        compiler_params=compiler_params(),
         interpret=interpret,
     )(plan, used, batch.table, q, *pages, *(() if sinks is None else (sinks,)), y_ref)
     return jax.freeze(y_ref)

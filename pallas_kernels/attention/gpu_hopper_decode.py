@@ -42,14 +42,20 @@ from octavo.pallas_kernels.attention.gpu_decode import (
     log2,
     merge,
     plan_decode,
+    together,
 )
-from octavo.pallas_kernels.attention.gpu_hopper import put, transposed, writes_through_references
 from octavo.pallas_kernels.attention.reference import KV
+from octavo.pallas_kernels.mosaic import (
+    PROGRAMS,
+    compiler_params,
+    put,
+    tiled,
+    transposed,
+    writes_through_references,
+)
 
 ROWS = 64  # the M of a wgmma
 TILE = 64  # tokens
-SLICE = 64  # columns of a swizzled tile
-PROGRAMS = 132  # multiprocessors of an H100
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class _Static:
     @property
     def group(self) -> int:
         """Heads that are copied together."""
-        return max(EIGHT, self.G)
+        return together(self.G)
 
 
 class _Shared(NamedTuple):
@@ -391,8 +397,7 @@ def _kernel(c: _Static, *refs):
 
 def _scratch(c: _Static) -> _Shared:
     """The shared memory and barriers to ask for."""
-    tiled = (plgpu.TilingTransform((EIGHT, SLICE)), plgpu.SwizzleTransform(128))
-    shared = functools.partial(plgpu.SMEM, dtype=c.dtype, transforms=tiled)
+    shared = functools.partial(plgpu.SMEM, dtype=c.dtype, transforms=tiled())
     arrived = plgpu.Barrier(num_arrivals=2, num_barriers=c.stages)
     freed = plgpu.Barrier(num_barriers=c.stages)
     return _Shared(
@@ -419,14 +424,11 @@ def decode_hopper(
     cache: KV,
     batch: RaggedBatch,
     *,
-    window: int = 0,
-    scale: float,
-    softcap: float = 0.0,
-    merged: int = 16,
-    tuning: HopperDecodeTuning = HOPPER_DECODE,
+    merged: int,
+    **static: Any,
 ) -> tuple[jax.Array, KV]:
-    """What `gpu_decode.decode` does. All pages must hold finite numbers."""
-    static: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap, tuning=tuning)
+    """What `gpu_decode.decode` does; static: as `parts_hopper` has them. All pages must hold finite
+    numbers."""
     plan, results, cache = parts_hopper(q, k, v, cache, batch, **static)
     return merge(plan, results, merged, interpret=False), cache
 
@@ -470,11 +472,7 @@ def parts_hopper(
         num_threads=2,
         thread_name="warpgroup",
         kernel_name="paged_decode_hopper",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # what threads read in shared memory, they commit
-        ),
+        compiler_params=compiler_params(),
         interpret=interpret,
     )(
         plan.parts, used, batch.table, batch.dest, q.reshape(N * H, D),

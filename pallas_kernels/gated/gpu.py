@@ -30,6 +30,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from octavo.pallas_kernels.mosaic import (
+    PROGRAMS,
+    compiler_params,
+    tiled,
+    writes_through_references,
+)
+
 HOPPER = (9, 0)
 ROWS = 64  # of one mixer: the M of a wgmma
 MIXERS = 2
@@ -37,7 +44,6 @@ BLOCK = MIXERS * ROWS
 COLUMNS = 128  # of y that a tile has
 DEPTH = 64  # of E that a stage holds: 128 bytes, a swizzled row
 STAGES = 4
-PROGRAMS = 132  # multiprocessors of an H100
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -77,7 +83,7 @@ def why_not(x: jax.Array, weight: jax.Array, act: str, capability: tuple[int, in
         return f"activation {act} is none of {', '.join(ACTIVATIONS)}"
     if capability != HOPPER:
         return "compute capability {}.{} is not 9.0".format(*capability)
-    if tuple(int(n) for n in jax.__version__.split(".")[:2]) < (0, 11):
+    if not writes_through_references():
         return f"jax {jax.__version__} is older than 0.11"
     if x.dtype not in (jnp.bfloat16, jnp.float16) or x.dtype != weight.dtype:
         return f"rows are {x.dtype} and weights {weight.dtype}: 16 bits are needed"
@@ -206,8 +212,7 @@ def gated_linear(
     """x [N, E], weight [E, 2 F] -> [N, F] as in reference.py; act: one of ACTIVATIONS."""
     (N, E), F = x.shape, weight.shape[1] // 2
     c = _Static(E // DEPTH, -(-N // BLOCK), F // COLUMNS, tuning.band, ACTIVATIONS[act], x.dtype)
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    shared = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=tiled)
+    shared = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=tiled())
     return plgpu.kernel(
         functools.partial(_kernel, c),
         out_type=jax.ShapeDtypeStruct((N, F), x.dtype),
@@ -223,10 +228,6 @@ def gated_linear(
         num_threads=MIXERS + 1,
         thread_name="warpgroup",
         kernel_name="gated_hopper",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # no thread reads shared memory, but for wgmma
-        ),
+        compiler_params=compiler_params(),
         interpret=interpret,
     )(x, weight)

@@ -20,6 +20,7 @@ from octavo.engine.plan import plan_size
 from octavo.engine.state import Dims, PageGroup
 from octavo.engine.step import Machine
 from octavo.models.config import ModelConfig
+from octavo.models.ops import Linear
 from octavo.models.registry import build
 from octavo.pallas_kernels.sampling import NS
 
@@ -145,7 +146,7 @@ def test_gate_and_up_with_their_activation_are_one_kernel(
 ) -> None:
     x, weight = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, E), (E, 2 * F)))
     function = jax.jit(
-        lambda x, w: gpu.gated_linear(x, w, act, choices=gpu.CHOICES, capability=(9, 0))
+        lambda x, w: gpu.gated_linear(x, Linear(w), act, choices=gpu.CHOICES, capability=(9, 0))
     )
     text = compiled(function, (x, weight)).as_text()
     assert text.count(" custom-call(") == 1 and " fusion(" not in text

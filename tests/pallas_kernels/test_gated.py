@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from octavo.models.layers import ACTIVATIONS
-from octavo.pallas_kernels.attention.gpu_hopper import writes_through_references
 from octavo.pallas_kernels.gated import gpu, reference
 from octavo.pallas_kernels.gated.gpu import _place, _Static
+from octavo.pallas_kernels.mosaic import PROGRAMS, writes_through_references
 
 NEW = pytest.mark.skipif(not writes_through_references(), reason="the kernel needs jax 0.11")
 
@@ -36,7 +36,7 @@ def test_every_tile_is_worked_on_once(rows: int, blocks: int, band: int) -> None
 
 def test_tiles_of_one_band_follow_one_another() -> None:
     c = _Static(4, 66, 112, 16, None, None)
-    row, column = jax.vmap(functools.partial(_place, c))(jnp.arange(gpu.PROGRAMS))
+    row, column = jax.vmap(functools.partial(_place, c))(jnp.arange(PROGRAMS))
     assert int(row.max()) < 16 and int(column.max()) < 10
 
 

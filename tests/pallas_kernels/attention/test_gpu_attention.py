@@ -11,7 +11,7 @@ import pytest
 from octavo.pallas_kernels.attention import cases, gpu, gpu_decode, reference
 from octavo.pallas_kernels.attention.cases import Case
 from octavo.pallas_kernels.attention.gpu_decode import DecodeTuning, decode, plan_decode
-from octavo.pallas_kernels.attention.gpu_hopper import longest_first, writes_through_references
+from octavo.pallas_kernels.attention.gpu_hopper import longest_first
 from octavo.pallas_kernels.attention.gpu_prefill import (
     PREFILL,
     PrefillTuning,
@@ -19,6 +19,7 @@ from octavo.pallas_kernels.attention.gpu_prefill import (
     prefill,
     prefill_tuning,
 )
+from octavo.pallas_kernels.mosaic import writes_through_references
 
 # float32: sums of up to 128 terms in another order. bfloat16: probabilities are rounded to 8 bits
 # before they meet the values, and the result is rounded once more.

@@ -12,12 +12,12 @@ import pytest
 from octavo.pallas_kernels.attention import cases, gpu, gpu_decode, reference
 from octavo.pallas_kernels.attention.cases import Case
 from octavo.pallas_kernels.attention.gpu import Tuning
-from octavo.pallas_kernels.attention.gpu_hopper import writes_through_references
 from octavo.pallas_kernels.attention.gpu_hopper_decode import (
     HopperDecodeTuning,
     parts_hopper,
     why_not_hopper_decode,
 )
+from octavo.pallas_kernels.mosaic import writes_through_references
 
 pytestmark = pytest.mark.smoke
 NEW = pytest.mark.skipif(not writes_through_references(), reason="the kernel needs jax 0.11")
