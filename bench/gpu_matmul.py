@@ -10,14 +10,14 @@ in parallel, then timed in turns. The last column: how far the results lie from 
 
 import argparse
 import os
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from octavo.bench.ways import Found, compare
 from octavo.cli.table import print_table
 from octavo.pallas_kernels.gated import gpu as gated
 
@@ -110,44 +110,19 @@ def main() -> None:
     for n in sizes:
         x = jax.random.normal(jax.random.key(1), (n, E), jnp.bfloat16)
         given = {name: (x, inputs[way.turned]) for name, way in WAYS.items()}
-        rows += compared(n, {name: work[n, name] for name in WAYS}, given, options)
+        ways = {name: work[n, name].result for name in WAYS}
+        found = compare(ways, given, options.rounds, Exception)
+        rows += [line(n, name, options.layers, it) for name, it in found.items()]
     print_table(("tokens", "way", "ms a layer", "TFLOP/s", "apart"), rows, indent="")
 
 
-def compared(
-    n: int, work: dict[str, Future[Any]], given: dict[str, Any], options: argparse.Namespace
-) -> list[tuple[str, ...]]:
-    """The lines of one number of tokens."""
-    rows: list[tuple[str, ...]] = []
-    programs, apart = {}, {}
-    first: jax.Array | None = None
-    for name, future in work.items():
-        try:
-            programs[name] = future.result()
-            y = programs[name](*given[name]).astype(jnp.float32)
-        except Exception as failure:
-            rows.append((str(n), name, "refused", str(failure).splitlines()[0][:60], ""))
-            continue
-        first = y if first is None else first
-        apart[name] = float(jnp.max(jnp.abs(y - first)) / jnp.max(jnp.abs(first)))
-    best = dict.fromkeys(apart, float("inf"))
-    for _ in range(options.rounds):  # in turns: the card's clock changes with its warmth
-        for name in best:
-            best[name] = min(best[name], once(programs[name], *given[name]))
-    flops = 2 * sum(i * o for i, o in PRODUCTS) * options.layers * n
-    for name, seconds in best.items():
-        each = f"{1e3 * seconds / options.layers:.3f}"
-        rows.append((str(n), name, each, f"{flops / seconds / 1e12:.0f}", f"{apart[name]:.4f}"))
-    return rows
-
-
-def once(program: Any, x: jax.Array, every: Any, calls: int = 8) -> float:
-    """Seconds of one call, of several in a row."""
-    began = time.perf_counter()
-    for _ in range(calls):
-        x = program(x, every)
-    jax.block_until_ready(x)
-    return (time.perf_counter() - began) / calls
+def line(n: int, name: str, layers: int, it: Found) -> tuple[str, ...]:
+    """Of the table."""
+    if it.failure:
+        return str(n), name, "refused", it.failure[:60], ""
+    flops = 2 * sum(i * o for i, o in PRODUCTS) * layers * n
+    each = f"{1e3 * it.seconds / layers:.3f}"
+    return str(n), name, each, f"{flops / it.seconds / 1e12:.0f}", f"{it.apart:.4f}"
 
 
 if __name__ == "__main__":

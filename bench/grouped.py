@@ -9,8 +9,8 @@ plain loop, as a part of its largest number. On a CPU there is no kernel.
 """
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,16 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from octavo.backends import gpu, plain
+from octavo.bench.tpu_grouped import SHAPES
+from octavo.bench.ways import compare
 from octavo.cli.table import print_table
 from octavo.pallas_kernels.grouped import gpu as triton
 from octavo.pallas_kernels.grouped import tpu as mosaic
 
-SHAPES = {  # X experts, in, out
-    "qwen-up": (128, 2048, 1536),
-    "qwen-down": (128, 768, 2048),
-    "mixtral-up": (8, 4096, 28672),
-    "mixtral-down": (8, 14336, 4096),
-}
 ROWS = (8, 64, 512, 4096, 16384, 65536)
 PLAIN = "plain loop"
 Way = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -55,42 +51,29 @@ def measure(weight: jax.Array, N: int, rounds: int) -> list[tuple[str, ...]]:
     sizes = np.bincount(np.random.default_rng(0).integers(0, X, N), minlength=X)
     x = jax.random.normal(jax.random.key(0), (N, depth), jnp.bfloat16)
     given = (x, weight, jnp.asarray(sizes, jnp.int32))
-    programs, best, apart = {}, {}, {}
-    want: Any = None
-    for name, way in ways(jax.devices()[0]).items():
-        try:
-            program = jax.jit(way).lower(*given).compile()
-            got = program(*given).astype(jnp.float32)
-            want = got if want is None else want
-            apart[name] = float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
-        except jax.errors.JaxRuntimeError as failure:
-            print(f"{N} rows, {name} fails: {str(failure).splitlines()[0][:80]}")
-            continue
-        programs[name], best[name] = program, float("inf")
-    for _ in range(rounds):
-        for name, program in programs.items():
-            best[name] = min(best[name], once(program, given))
+    every = {name: partial(built, way, given) for name, way in ways(jax.devices()[0]).items()}
+    found = compare(every, dict.fromkeys(every, given), rounds)
+    for name, it in found.items():
+        if it.failure:
+            print(f"{N} rows, {name} fails: {it.failure[:80]}")
     met = int(np.count_nonzero(sizes)) * depth * out * weight.dtype.itemsize
     return [
         (
             f"{N}",
             name,
-            f"{1e6 * seconds:.0f}",
-            f"{met / seconds / 1e9:.0f}",
-            f"{2 * N * depth * out / seconds / 1e12:.1f}",
-            f"{apart[name]:.4f}",
+            f"{1e6 * it.seconds:.0f}",
+            f"{met / it.seconds / 1e9:.0f}",
+            f"{2 * N * depth * out / it.seconds / 1e12:.1f}",
+            f"{it.apart:.4f}",
         )
-        for name, seconds in best.items()
+        for name, it in found.items()
+        if not it.failure
     ]
 
 
-def once(program: Any, given: Given, calls: int = 4) -> float:
-    """Seconds of one call, of several in a row."""
-    began = time.perf_counter()
-    for _ in range(calls):
-        result = program(*given)
-    jax.block_until_ready(result)
-    return (time.perf_counter() - began) / calls
+def built(way: Way, given: Given) -> Any:
+    """The compiled program."""
+    return jax.jit(way).lower(*given).compile()
 
 
 def main() -> None:
