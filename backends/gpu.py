@@ -1,4 +1,4 @@
-"""An NVIDIA GPU: our own Pallas kernels for attention and experts, XLA for everything else."""
+"""An NVIDIA GPU: our own Pallas kernels for attention, experts, gate and up; XLA for the rest."""
 
 from collections.abc import Callable
 from functools import cache, partial
