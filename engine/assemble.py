@@ -1,5 +1,6 @@
 """From an EngineConfig to the parts of an engine: backend, sizes, weights."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -23,6 +24,7 @@ from octavo.models.checkpoint import Checkpoint, CheckpointError, open_checkpoin
 from octavo.models.config import ModelConfig, ModelConfigError
 from octavo.models.load import LoadError, load_params, random_params, ranks
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 
@@ -110,6 +112,9 @@ def load_weights(
         if place.put_here is jax.device_put:
             return params
         return jax.tree.map(lambda leaf: place.put_here(np.asarray(leaf)), params)
+    if checkpoint.quantized:
+        kept = jnp.dtype(dtype).name
+        logger.info("weights  read from %s, kept as %s", checkpoint.quantized, kept)
     report = None
     if progress is not None:
 

@@ -165,7 +165,6 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """Parse the dict of a config.json. Raises ModelConfigError with one sentence."""
         family, architecture = _family(config)
-        _refuse_quantized(config)
         raw = {k: v for k, v in config.items() if v is not None}
         raw |= {k: v for k, v in (config.get("text_config") or {}).items() if v is not None}
         raw = DEFAULTS[family] | raw
@@ -194,17 +193,6 @@ def _family(config: Mapping[str, Any]) -> tuple[str, str]:
 
 def _experts(config: Mapping[str, Any]) -> int:
     return config.get("num_local_experts") or config.get("num_experts") or 0
-
-
-def _refuse_quantized(config: Mapping[str, Any]) -> None:
-    """Weights must be whole; a scheme of the cache alone brings only scales."""
-    scheme = config.get("quantization_config")
-    if scheme and not (scheme.get("kv_cache_scheme") and not scheme.get("config_groups")):
-        method = scheme.get("quant_method", "unnamed")
-        raise ModelConfigError(
-            f"the checkpoint is quantized with {method!r}, which is not supported; "
-            "use the unquantized checkpoint or a GGUF file"
-        )
 
 
 def _number(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:

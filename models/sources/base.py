@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+CHUNK = 1 << 18  # weights that are dequantized at once: the temporaries stay in cache
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read: one sentence, with the next step."""
@@ -68,6 +70,7 @@ class Checkpoint:
     tensors: Tensors
     tokenizer: TokenizerFiles
     generation_config: dict[str, Any] = field(default_factory=dict)
+    quantized: str = ""  # how, where `get` makes floats of fewer bits
 
     def names(self) -> list[str]:
         """All tensors, by Hugging Face name."""
@@ -78,7 +81,7 @@ class Checkpoint:
         return self.tensors.shape(name)
 
     def get(self, name: str) -> np.ndarray:
-        """One tensor in its stored float type; quantized GGUF tensors come as float32."""
+        """One tensor in its stored float type; quantized ones come as float32."""
         return self.tensors.get(name)
 
     @property

@@ -10,7 +10,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
-from octavo.models.sources.base import Checkpoint, CheckpointError, TokenizerFiles
+from octavo.models.sources.base import CHUNK, Checkpoint, CheckpointError, TokenizerFiles
 from octavo.models.sources.gguf_config import config_of, generation_config_of
 from octavo.models.sources.gguf_file import GGUFFile, read_gguf
 from octavo.models.sources.gguf_names import Origin, origins, restore_rows
@@ -21,7 +21,6 @@ FLOATS: dict[Type, Any] = {
     Type.BF16: ml_dtypes.bfloat16,
     Type.F64: np.float64,
 }
-CHUNK = 1 << 18  # weights that are dequantized at once: the temporaries stay in cache
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 

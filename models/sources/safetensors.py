@@ -17,6 +17,7 @@ import numpy as np
 
 from octavo.models.sources.base import Checkpoint, CheckpointError, TokenizerFiles
 from octavo.models.sources.folder import read_json, read_optional_json
+from octavo.models.sources.quantized import undo
 
 DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
@@ -34,6 +35,7 @@ DTYPES: dict[str, Any] = {
     "U64": np.uint64,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
 INDEX = "model.safetensors.index.json"
 
@@ -71,6 +73,10 @@ class SafeTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Of one tensor, without reading it."""
+        return self._entry(name).dtype
+
     def get(self, name: str) -> np.ndarray:
         entry = self._entry(name)
         if entry.nbytes == 0:
@@ -95,14 +101,19 @@ class SafeTensors:
 
 
 def open_safetensors(folder: Path) -> Checkpoint:
-    """A Hugging Face folder with safetensors weights."""
+    """A Hugging Face folder with safetensors weights, quantized ones dequantized when asked for."""
+    config = read_json(folder / "config.json")
+    beside = read_optional_json(folder / "hf_quant_config.json").get("quantization") or {}
+    scheme = config.get("quantization_config") or beside and {"quant_method": "modelopt"}
+    tensors, quantized = undo(SafeTensors(weight_files(folder)), scheme or {})
     return Checkpoint(
         path=folder,
         format="safetensors",
-        config=read_json(folder / "config.json"),
-        tensors=SafeTensors(weight_files(folder)),
+        config=config,
+        tensors=tensors,
         tokenizer=TokenizerFiles(folder=folder),
         generation_config=read_optional_json(folder / "generation_config.json"),
+        quantized=quantized,
     )
 
 

@@ -70,7 +70,6 @@ def test_an_unknown_architecture_lists_what_is_supported() -> None:
         ),
         ({"num_key_value_heads": 3}, "4 attention heads and 3 key-value heads"),
         ({"hidden_act": "tan"}, "unknown activation 'tan'; supported are"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized with 'awq'"),
         ({"layer_types": ["full_attention"]}, "4 layers but 1 layer_types"),
     ],
 )
