@@ -155,16 +155,13 @@ def to_chat(body: ResponsesRequest, items: list[Item]) -> ChatCompletionRequest:
     """The chat body that asks the same of `items`, the whole conversation."""
     body.check()
     reasoning = body.reasoning or Reasoning()
-    choice, allowed = _choice(body.tool_choice)
     tools = [_tool(i, tool) for i, tool in enumerate(body.tools or ())]
-    if allowed is not None:
-        tools = [tool for tool in tools if tool["function"]["name"] in allowed]
     values: dict[str, Any] = {
         "max_completion_tokens": body.max_output_tokens,
         "logprobs": body.wants_logprobs or None,
         "top_logprobs": (body.top_logprobs or 0) if body.wants_logprobs else None,
         "tools": tools or None,
-        "tool_choice": choice,
+        "tool_choice": _choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "chat_template_kwargs": body.chat_template_kwargs,
     }
@@ -191,17 +188,13 @@ def _tool(i: int, tool: dict[str, Any]) -> dict[str, Any]:
     return function_tool(name, tool.get("description"), tool.get("parameters"), tool.get("strict"))
 
 
-def _choice(choice: Any) -> tuple[Any, set[str] | None]:
-    """`tool_choice` as chat has it, and the names of the tools that remain; None: all."""
-    if choice is None or choice in ("none", "auto", "required"):
-        return choice, None
+def _choice(choice: Any) -> Any:
+    """`tool_choice` as chat has it."""
     kind = choice.get("type") if isinstance(choice, dict) else choice
     if kind == "function":
-        name = text_field(choice, "name", "tool_choice")
-        return {"type": "function", "function": {"name": name}}, None
-    if kind == "allowed_tools" and choice.get("mode") in ("auto", "required"):
-        named = objects(choice.get("tools"), "tool_choice.tools")
-        return choice["mode"], {str(tool.get("name")) for tool in named}
+        return {"type": "function", "function": {"name": text_field(choice, "name", "tool_choice")}}
+    if kind in (None, "none", "auto", "required", "allowed_tools"):
+        return choice
     raise bad_request(
         "`tool_choice` must be `none`, `auto`, `required`, a `function` or `allowed_tools`, "
         f"got {kind!r}",

@@ -7,7 +7,7 @@ import msgspec
 from octavo.server.protocol.errors import bad_request, not_yet
 from octavo.server.protocol.sampling import GenerationRequest, Usage
 from octavo.server.protocol.structured import asked_form
-from octavo.server.protocol.tools import Tool, check_calls, check_tools, chosen
+from octavo.server.protocol.tools import Tool, allowed, check_calls, check_tools, chosen
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True):
@@ -54,7 +54,8 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
 
     def _check_tools(self) -> None:
         check_tools(self.tools or [])
-        choice = self.tool_choice
+        choice, tools = allowed(self.tool_choice, self.tools or [])
+        self.tool_choice, self.tools = choice, tools or None
         if isinstance(choice, str) and choice not in ("none", "auto", "required"):
             raise bad_request(
                 f"`tool_choice` must be none, auto, required or name a function, got {choice!r}",

@@ -116,3 +116,23 @@ def chosen(tool_choice: Any, tools: list[Tool]) -> str:
     if name not in [tool.function.name for tool in tools]:
         raise bad_request(f"`tool_choice` names `{name}`, which is not in `tools`", "tool_choice")
     return name
+
+
+def allowed(tool_choice: Any, tools: list[Tool]) -> tuple[Any, list[Tool]]:
+    """`allowed_tools` as its mode, with the tools that it names; any other choice as it is.
+
+    The names lie in an object of their own (Chat Completions) or beside the type (Responses).
+    """
+    if not isinstance(tool_choice, dict) or tool_choice.get("type") != "allowed_tools":
+        return tool_choice, tools
+    inner = tool_choice.get("allowed_tools", tool_choice)
+    inner = inner if isinstance(inner, dict) else {}
+    mode, named = inner.get("mode"), inner.get("tools")
+    names = [chosen(one, tools) for one in named] if isinstance(named, list) else []
+    if mode not in ("auto", "required") or not all(names) or not names:
+        raise bad_request(
+            "`tool_choice` of the type allowed_tools needs a `mode`, auto or required, and `tools` "
+            "as objects with a name",
+            "tool_choice",
+        )
+    return mode, [tool for tool in tools if tool.function.name in names]

@@ -56,6 +56,16 @@ def test_a_required_call_is_made_whole_and_streamed(served: Server) -> None:
     assert (name, arguments) == (call.function.name, call.function.arguments)
 
 
+def test_only_an_allowed_tool_is_called(served: Server) -> None:
+    population = {"type": "function", "function": {"name": "population"}}
+    only: Any = {"mode": "required", "tools": [population]}
+    choice = {"type": "allowed_tools", "allowed_tools": only}
+    asked = ASKED | {"tool_choice": choice, "parallel_tool_calls": False}
+    [call] = served.openai().chat.completions.create(**asked).choices[0].message.tool_calls
+    check(call.function.name, call.function.arguments)
+    assert call.function.name == "population"
+
+
 def test_a_named_call_is_made_and_its_arguments_stream(served: Server) -> None:
     client = served.openai()
     asked = ASKED | {"tool_choice": {"type": "function", "function": {"name": "population"}}}

@@ -107,6 +107,7 @@ def test_only_the_allowed_tools_remain() -> None:
     tools: list = [{"type": "function", "name": name, "parameters": {}} for name in ("a", "b")]
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"name": "b"}]}
     chat = from_responses(tools=tools, tool_choice=allowed)
+    chat.check()
     assert [tool.function.name for tool in chat.tools] == ["b"]
     assert chat.tool_choice == "required"
 

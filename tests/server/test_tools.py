@@ -158,6 +158,20 @@ def test_thoughts_leave_the_answer_and_are_counted(talker):
             {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}},
             "names `f`, which is not in `tools`",
         ),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "mode": "auto"}},
+            "needs a `mode`, auto or required, and `tools`",
+        ),
+        (
+            {
+                "tools": [WEATHER],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "f"}}]},
+                },
+            },
+            "names `f`, which is not in `tools`",
+        ),
         ({"tools": [WEATHER, WEATHER]}, "names the function weather twice"),
         ({"tools": [{"type": "web_search", "function": {"name": "x"}}]}, "must be function"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "letters, digits"),
