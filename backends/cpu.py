@@ -1,14 +1,19 @@
 """The CPU: the default on a machine without an accelerator. Plain jnp through XLA, no kernels."""
 
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from octavo.backends import plain
-from octavo.backends.record import Backend, doubling
-from octavo.pallas_kernels.attention import blockwise
+from octavo.backends.record import Backend, Layer, doubling
+from octavo.models import ops
+from octavo.pallas_kernels.attention import KV, blockwise
+from octavo.pallas_kernels.attention.reference import BITS
 
 
 def backend(reason: str) -> Backend:
@@ -18,11 +23,12 @@ def backend(reason: str) -> Backend:
         reason=reason,
         devices=tuple(jax.devices("cpu")),
         attend=blockwise.attend,
-        init_cache=plain.init_cache,
+        init_cache=init_cache,
         page_bytes=plain.page_bytes,
-        linear=plain.linear,
-        grouped_linear=plain.grouped_linear,
+        linear=linear,
+        grouped_linear=partial(plain.grouped_linear, product=product),
         layers=plain.layers,
+        head=head,
         row_buckets=lambda most: doubling(1, most),
         token_buckets=lambda most: doubling(min(32, most), most, 4),
         max_num_seqs=32,
@@ -34,6 +40,43 @@ def backend(reason: str) -> Backend:
         shared_memory=True,
         why_not=why_not,
     )
+
+
+def init_cache(
+    layers: Sequence[Layer],
+    pages: Sequence[int],
+    page_size: int,
+    kv_heads: int,
+    head_size: int,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[KV, ...]:
+    """One `KV` per layer; small floats as their bits."""
+    kept = BITS.get(jnp.dtype(dtype).name, dtype)
+    return plain.init_cache(layers, pages, page_size, kv_heads, head_size, kept)
+
+
+def linear(x: jax.Array, layer: plain.Projection) -> jax.Array:
+    """x [N, in] -> [N, out...] in the dtype of x."""
+    y = product(x, layer.weight)
+    return y if layer.bias is None else y + layer.bias
+
+
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [N, in], weight [in, out...] -> [N, out...] in the dtype of x."""
+    if x.dtype.itemsize > 2:
+        return plain.product(x, weight)
+    return plain.product(_two(x), weight, jnp.float32)[: len(x)].astype(x.dtype)
+
+
+def head(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [R, E], weight [V, E] -> f32[R, V]."""
+    return ops.head(x if x.dtype.itemsize > 2 else _two(x), weight)[: len(x)]
+
+
+def _two(x: jax.Array) -> jax.Array:
+    """At least two rows: the products of 16 bits that XLA:CPU has fast code for have these and
+    results of 32 bits. What it does with others takes eight times as long."""
+    return jnp.pad(x, ((0, max(0, 2 - len(x))), (0, 0)))
 
 
 def why_not(config: Any) -> str | None:

@@ -30,16 +30,25 @@ def linear(x: jax.Array, layer: Projection) -> jax.Array:
     return y if layer.bias is None else y + layer.bias
 
 
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [N, in], weight [in, out...] -> [N, out...]; weight [blocks, in, columns] -> [N, out]."""
+def product(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
+    """x [N, in], weight [in, out...] -> [N, out...]; weight [blocks, in, columns] -> [N, out].
+
+    `dtype` of the result, that of x where there is none.
+    """
     if weight.ndim < 3 or weight.shape[1] != x.shape[1]:
-        return jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())))
-    y = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+        rows = (((1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, weight, rows, preferred_element_type=dtype)
+    y = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
     return jax.lax.optimization_barrier(y).reshape(x.shape[0], -1)  # or XLA reshapes the weight
 
 
 def grouped_linear(
-    x: jax.Array, weight: jax.Array, sizes: jax.Array, first: jax.Array | int = 0
+    x: jax.Array,
+    weight: jax.Array,
+    sizes: jax.Array,
+    first: jax.Array | int = 0,
+    *,
+    product: Callable[[jax.Array, jax.Array], jax.Array] = product,
 ) -> jax.Array:
     """x [N, in] sorted by expert, weight [.., in, out], sizes i32[X] -> [N, out]. The X experts
     begin at weight[first].

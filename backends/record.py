@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import jax
 
+from octavo.models.ops import head
+
 # `kv_cache_dtype` by the names that people know, where numpy's is another.
 CACHE_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}
 
@@ -68,6 +70,7 @@ class Backend:
     linear: Callable[[jax.Array, Any], jax.Array]
     grouped_linear: Callable[..., jax.Array]
     layers: Callable[..., tuple[jax.Array, Any]]
+    head: Callable[[jax.Array, jax.Array], jax.Array] = head  # likewise
     # attend_packed(mixed [N, K, J, D], turn, norms, cache, batch, *, window, scale, softcap, eps,
     # offset) -> (out, cache), or None where it refuses the step: norms and rotation are its own.
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None

@@ -220,8 +220,7 @@ def logits(config: ModelConfig, params: Decoder, hidden: jax.Array, ops: Ops) ->
 
     A shard gives those of its part of the vocabulary; what pads the vocabulary is never likely.
     """
-    head = params.embed if params.head is None else params.head
-    out = jnp.einsum("re,ve->rv", hidden, head, preferred_element_type=jnp.float32)
+    out = ops.head(hidden, params.embed if params.head is None else params.head)
     if config.final_softcap:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
     if ops.across is not None and config.real_V % out.shape[1]:  # the last shard has padding

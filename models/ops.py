@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 
 @flax.struct.dataclass
@@ -80,9 +81,14 @@ class Across(Protocol):
         ...
 
 
+def head(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [R, E], weight [V, E] -> f32[R, V], accumulated in float32."""
+    return jnp.einsum("re,ve->rv", x, weight, preferred_element_type=jnp.float32)
+
+
 @dataclass(frozen=True)
 class Ops:
-    """The four operations a backend brings, two more that it may, and the way to the other shards.
+    """The four operations a backend brings, three that it may, and the way to the other shards.
 
     attend(q [N, H, D], k [N, K, D], v [N, K, D], cache, spec: AttentionSpec) -> ([N, H, D], cache)
         stores this layer's keys and values in its pages, then attends. Which pages and positions:
@@ -104,6 +110,8 @@ class Ops:
     gated_linear(x [N, E], Linear [E, 2, F], act) -> act(gate) * up of the two projections
         [N, F] in one kernel, where that is faster; act: a name in `layers.ACTIVATIONS`. None: one
         after the other.
+    head(x [R, E], weight [V, E]) -> f32[R, V]
+        logits, accumulated in float32.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]]
@@ -112,6 +120,7 @@ class Ops:
     layers: Callable[..., tuple[jax.Array, Any]]
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
     gated_linear: Callable[..., jax.Array | None] = lambda *_: None
+    head: Callable[[jax.Array, jax.Array], jax.Array] = head
     across: Across | None = None  # None: the model is whole
     dense_experts: bool = False  # every expert meets every token
 

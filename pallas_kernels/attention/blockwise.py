@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from octavo.pallas_kernels.attention.batch import RaggedBatch
-from octavo.pallas_kernels.attention.reference import KV, MASKED, write
+from octavo.pallas_kernels.attention.reference import KV, MASKED, floats, write
 
 KEYS_PER_BLOCK = 128
 ROWS_PER_ITEM = 64
@@ -107,7 +107,7 @@ class Pages(NamedTuple):
             return pool.at[tiles].get(mode="promise_in_bounds").reshape(shape)
 
         k, v = jax.lax.optimization_barrier((get(self.k), get(self.v)))
-        return k.astype(jnp.float32), v.astype(jnp.float32)
+        return floats(k), floats(v)
 
 
 def attend(

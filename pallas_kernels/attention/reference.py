@@ -30,6 +30,12 @@ from octavo.pallas_kernels.attention.batch import RaggedBatch
 MASKED = -1e30  # a logit no softmax sees; finite, so that rows without any key stay finite
 
 
+# A pool may keep the bits of small floats as whole numbers of that width, for XLA:CPU makes float32
+# of a whole pool before it scatters anything else into it, and small floats of it again.
+BITS = {"bfloat16": "uint16", "float16": "int16", "float8_e4m3fn": "uint8"}
+FLOATS = {bits: float_ for float_, bits in BITS.items()}
+
+
 @flax.struct.dataclass
 class KV:
     """One layer's pages."""
@@ -46,8 +52,17 @@ def init_kv(
     return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
+def floats(x: jax.Array) -> jax.Array:
+    """What was read of a pool, as float32."""
+    kind = FLOATS.get(x.dtype.name)
+    return (x if kind is None else jax.lax.bitcast_convert_type(x, kind)).astype(jnp.float32)
+
+
 def stored(x: jax.Array, scales: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Keys or values x [N, K, D] as a cache of `dtype` keeps them; scales f32[K]."""
+    kind = FLOATS.get(jnp.dtype(dtype).name)
+    if kind is not None:
+        return jax.lax.bitcast_convert_type(stored(x, scales, kind), dtype)
     if scales is not None:
         x = x.astype(jnp.float32) / scales[:, None]
     if jnp.dtype(dtype).itemsize > 1:

@@ -52,6 +52,21 @@ def test_linear_keeps_the_axes_of_its_output(out: tuple[int, ...]) -> None:
     np.testing.assert_allclose(got, jnp.tensordot(x, w, 1) + b, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_cpu_multiplies_any_number_of_rows(rows: int, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x, w, b = (jnp.asarray(rng.normal(size=s), dtype) for s in ((rows, 64), (64, 2, 3), (2, 3)))
+    exact = np.tensordot(np.asarray(x, np.float64), np.asarray(w, np.float64), 1)
+    got = select("cpu").linear(x, Linear(w, b))
+    assert got.dtype == x.dtype and got.shape == (rows, 2, 3)
+    rounding = 2 * float(jnp.finfo(dtype).eps) * np.abs(exact).max()
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact + b, atol=rounding)
+    logits = select("cpu").head(x, w.reshape(64, -1).T)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, exact.reshape(rows, -1), atol=1e-4)
+
+
 def loop_instead_of_a_kernel(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
     """On a GPU, where 6 columns are none of its kernel's multiples of 16."""
     return gpu.grouped_linear(x, weight, sizes, capability=(9, 0))

@@ -65,6 +65,32 @@ def test_matches_the_reference_from_a_bfloat16_cache(case: Case) -> None:
     check(case, "bfloat16")
 
 
+@pytest.mark.parametrize("kind", reference.BITS)
+def test_a_cache_of_bits_is_the_cache_of_their_floats(kind: str) -> None:
+    q, k, v, cache, batch = inputs(MIXED, 0, "bfloat16", kind)
+    as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=reference.BITS[kind])
+    run = jax.jit(partial(blockwise.attend, **settings(MIXED)))
+    want, want_cache = run(q, k, v, cache, batch)
+    got, got_cache = run(q, k, v, jax.tree.map(as_bits, cache), batch)
+    np.testing.assert_array_equal(got, want)
+    for ours, theirs in ((got_cache.k, want_cache.k), (got_cache.v, want_cache.v)):
+        assert ours.dtype == reference.BITS[kind]
+        np.testing.assert_array_equal(ours[1:], as_bits(theirs)[1:])
+
+
+def test_bits_are_written_without_widening_the_pool() -> None:
+    q, k, v, cache, batch = inputs(ROWS, 0, "bfloat16")
+    pool = "f32[" + ",".join(map(str, cache.k.shape)) + "]"
+
+    def widened(cache: reference.KV) -> bool:
+        run = jax.jit(partial(blockwise.attend, **settings(ROWS)), donate_argnums=3)
+        return pool in str(run.lower(q, k, v, cache, batch).compile().as_text())
+
+    assert widened(cache)  # why there are bits: a later jax may need them no more
+    as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+    assert not widened(jax.tree.map(as_bits, cache))
+
+
 @pytest.mark.parametrize("page_size", [1, 4, 32, 128, 256])
 def test_any_power_of_two_may_be_the_page_size(page_size: int) -> None:
     check(replace(MIXED, page_size=page_size, pages_per_slot=-(-160 // page_size)))
