@@ -59,6 +59,7 @@ def backend(reason: str, choices: Choices = CHOICES) -> Backend:
         small_model=4 * GB,
         autotuning="xla_gpu_per_fusion_autotune_cache_dir",
         small_rows=(8, 64, 256),
+        small_tokens=512,
         small_steps=4,
         mesh_steps=4,
         mesh_rows=(8, 32, 64, 128, 256),

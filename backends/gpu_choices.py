@@ -25,7 +25,7 @@ class Choices:
     # Decode rows up to which queries and keys are normed and turned inside the decode kernel.
     packed: int = 128
     # Tokens from which gate and up projection and their activation are one kernel.
-    gated_from: int = 128
+    gated_from: int = 64
     tuning: Tuning = Tuning()
     xla: tuple[tuple[str, Value], ...] = ()  # options of XLA, for every program
 

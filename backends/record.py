@@ -107,8 +107,10 @@ class Backend:
     context_buckets: Callable[[int], tuple[int, ...]] = lambda pages: (pages,)
     # A model of fewer bytes than `small_model` decodes faster than the host can dispatch: its row
     # buckets are `small_rows` up to the most, and it runs `small_steps` decode steps in a program.
+    # Its steps of fewer prompt tokens than `small_tokens` would take as long as those.
     small_model: int = 0
     small_rows: tuple[int, ...] = (1,)
+    small_tokens: int = 0
     small_steps: int = 1
     # Any model over a mesh, whose every step the host hands to each device: so many steps in one
     # program, in these row buckets up to the most.

@@ -46,25 +46,16 @@ def _engine(shape: str, *words: str) -> tuple[str, ...]:
 
 ATTENTION = ("octavo.bench.gpu_attention", "--variants")
 APART = "gated_from=1000000"
-MOSAIC = "least_rows=129"  # smaller batches have norms and rotation in Triton's kernel
-SHORT = "least=4096,cublas_from=4096"  # no call that a graph must trace below 4,096 tokens
-LONG = ("--max-num-batched-tokens", "16384", "prefill_heavy", "decode_heavy")
+TRITON = "least_rows=1000000"  # decode of more than 128 rows as that of fewer
 START = ("octavo", "bench", "startup", "{0.6b}", "--load-format", "dummy", "--rounds", "0")
-UNTUNED = "xla_gpu_experimental_enable_fusion_autotuner=false"  # XLA's, of all but products
-FEWER = "xla_gpu_blas_max_algorithms=16"  # of 128 that are tried for each product
 STEPS = (
-    Step("decode by Mosaic", 50, (*ATTENTION, "--only", "decode")),
     Step("golden", 40, ("octavo", "bench", "golden", "{weights}"), needs="weights"),
-    Step("8B", 85, _engine("{8b}", "--steps")),
-    Step("8B, decode by Mosaic", 70, _engine("{8b}", "decode_heavy", "chat_mix"), MOSAIC),
-    Step("0.6B", 70, _engine("{0.6b}", "--steps")),
-    Step("0.6B, decode by Mosaic", 70, _engine("{0.6b}"), MOSAIC),
-    Step("0.6B, short prompts by Triton", 60, _engine("{0.6b}", "--steps", "chat_mix"), SHORT),
-    Step("8B, steps of 16,384", 70, _engine("{8b}", *LONG)),
-    Step("0.6B, steps of 16,384", 60, _engine("{0.6b}", *LONG)),
+    Step("8B", 90, _engine("{8b}", "--steps")),
+    Step("8B, decode by Triton", 70, _engine("{8b}", "decode_heavy", "chat_mix"), TRITON),
+    Step("0.6B", 75, _engine("{0.6b}", "--steps")),
+    Step("0.6B, decode by Triton", 70, _engine("{0.6b}"), TRITON),
+    Step("decode variants", 60, (*ATTENTION, "--only", "decode")),
     Step("start", 65, START),
-    Step("start without tuning fusions", 65, START, UNTUNED),
-    Step("start, fewer algorithms", 65, START, FEWER),
     Step("products", 60, ("octavo.bench.gpu_matmul",)),
     Step("attention, both page sizes", 60, ("octavo.bench.gpu_attention",)),
     Step("8B, gate and up apart", 70, _engine("{8b}", "prefill_heavy", "decode_heavy"), APART),

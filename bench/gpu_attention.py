@@ -63,7 +63,8 @@ DECODE = (
     Shape("256 ragged, 512", ragged(256, 512), target=2500),
     Shape("64 ragged, 1,024", ragged(64, 1024)),
     Shape("1 x 32,768", (32767,), target=2300),
-    Shape("1 x 512", (511,)),
+    Shape("1 x 640", (639,)),
+    Shape("8 ragged, 640", ragged(8, 640)),
 )
 PREFILL = (
     Shape("4 x 2,048", chunks=((0, 2048),) * 4, target=450),
@@ -86,6 +87,7 @@ def _mosaic(**how: Any) -> tuple[Tuning, str]:
 
 DECODE_VARIANTS: Variants = {
     "default": (Tuning(), BF16),
+    "Triton": (Tuning(hopper_decode=HopperDecodeTuning(least_rows=1 << 30)), BF16),
     "Mosaic": _mosaic(),
     "Mosaic, 2 tiles": _mosaic(tiles=2),
     "Mosaic, 1,056 pairs": _mosaic(pairs=1056),

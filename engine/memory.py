@@ -151,7 +151,7 @@ def resolve(
         dtype=dtype,
         kv_dtype=kv_dtype,
         row_buckets=rows,
-        token_buckets=backend.token_buckets(budget),
+        token_buckets=_tokens(backend, budget, weights),
         max_model_len=longest,
         memory=memory,
         mesh=mesh,
@@ -208,6 +208,13 @@ def _rows(
     if backend.mesh_rows:
         rows = up_to(backend.mesh_rows, seqs)
     return rows, rows if backend.mesh_steps > 1 else (), backend.mesh_steps
+
+
+def _tokens(backend: Backend, budget: int, weights: int) -> tuple[int, ...]:
+    """The buckets of prompt tokens."""
+    buckets = backend.token_buckets(budget)
+    least = backend.small_tokens if weights < backend.small_model else 0
+    return tuple(n for n in buckets if n >= least) or buckets[-1:]
 
 
 def _budget(config: EngineConfig, backend: Backend, longest: int, seqs: int) -> int:

@@ -210,8 +210,7 @@ class Programs:
             ),
             Job("empty", self._set("empty"), empty, ()),
         ]
-        # The slowest first, so that they do not end up alone at the end.
-        for rows, tokens in sorted(self.shapes(), reverse=True):
+        for rows, tokens in self.shapes():
             ins: tuple[Any, ...] = (place.params, STATE, *([ROWS] if tokens else []))
             arguments = (params, state, vector) if tokens else (params, state)
             slots = thin.CHUNKS if tokens else thin.ROWS
@@ -224,6 +223,8 @@ class Programs:
                 jobs.append(Job(name, where, function, arguments, (1,), rows + tokens, (), slots))
         jobs += self._whole_jobs(params, state)
         jobs += self._several_jobs(params, state)
+        # The slowest first, so that they do not end up alone at the end.
+        jobs.sort(key=lambda job: -job.tokens)
         for rows, tokens in self.shapes():
             passed = self._passed(params, rows, tokens)
             if tokens and tokens not in self.score:

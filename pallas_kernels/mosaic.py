@@ -2,7 +2,10 @@
 
 # mypy: allow-untyped-calls
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 PROGRAMS = 132  # multiprocessors of an H100; each keeps one program from beginning to end
@@ -41,3 +44,22 @@ def put(ref, value):
         ref[...] = value
     else:
         store(ref, value, optimized=False)
+
+
+def over_warps_scratch(columns: int) -> int:
+    """float32 places that `over_warps` needs: a pair of columns of 32 lanes of four warps, for each
+    eight columns."""
+    return columns * 32
+
+
+def over_warps(op: str, x, scratch, interpret: bool):
+    """The "max" or sum ("add") of f32[M, N] in a wgmma's layout over axis 0, which lies over warps.
+
+    Pallas itself would give every warpgroup the same scratch, over which two would race.
+    """
+    if interpret:
+        return x.max(axis=0) if op == "max" else x.sum(axis=0)
+    layout: Any = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout.reduce(0))
+    inline = plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=result)
+    return inline(lambda _, x, scratch: x.reduce(op, 0, scratch))(x, scratch)

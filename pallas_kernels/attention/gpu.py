@@ -1,7 +1,8 @@
 """Ragged paged attention on NVIDIA GPUs: decode rows and prompt chunks of one step, in one buffer.
 
     rows    paged_decode    stores each row's new token, attends; merge_decode joins split rows;
-                            on Hopper paged_decode_hopper can, from as many rows as the tuning says
+                            on Hopper paged_decode_hopper does for more than 128 rows, where it
+                            takes the step
     chunks  write_pages     stores the chunks' tokens
             paged_prefill   attends them over their pages, writes beside the rows' results; on
                             Hopper paged_prefill_hopper does, where it takes the step

@@ -71,27 +71,31 @@ def plan_decode(batch: RaggedBatch, *, window: int, tile: int, target: int) -> D
     """Cut the rows' cached tokens into at most R + FINER * target parts of nearly equal length.
 
     About `target` parts where rows are alike: they run at once and end together. FINER times as
-    many where they are not, so that those that end early leave room to others.
+    many where they are not, so that those that end early leave room to others. One row is alike.
     """
     active = batch.row_count > 0
     end = jnp.where(active, batch.row_start, 0)
     first = jnp.maximum(end + 1 - window, 0) if window else jnp.zeros_like(end)
-    tokens = jnp.maximum(end - first, 0)
+    base = first // tile * tile  # parts share no tile
+    tokens = jnp.maximum(end - base, 0)
 
     alike = 2 * jnp.max(tokens) * jnp.sum(active) <= 3 * jnp.sum(tokens)
-    most = FINER * target
+    most = target * (FINER if active.shape[0] > 1 else 1)
     span = _round_up(pl.cdiv(jnp.sum(tokens), jnp.where(alike, target, most)), tile)
-    span = jnp.maximum(span, 2 * tile)  # shorter parts cost more to merge than they save
-    count = jnp.maximum((tokens + span // 2) // span, 1) * active  # the nearest number
-    size = _round_up(pl.cdiv(tokens, jnp.maximum(count, 1)), tile)
+    span = jnp.maximum(span, tile)
+    nearest = jnp.maximum((tokens + span // 2) // span, 1)
+    count = jnp.where(span > tile, nearest, jnp.maximum(pl.cdiv(tokens, tile), 1))
+    size = _round_up(pl.cdiv(tokens, count), tile)
+    count = jnp.maximum(pl.cdiv(tokens, jnp.maximum(size, 1)), 1) * active
     ends = jnp.cumsum(count)
 
     part = jnp.arange(count.shape[0] + most, dtype=jnp.int32)
     row = jnp.sum(ends[None, :] <= part[:, None], axis=1, dtype=jnp.int32)  # R where unused
     safe = jnp.minimum(row, count.shape[0] - 1)
     index = part - (ends - count)[safe]
-    low = first[safe] + index * size[safe]
-    high = jnp.minimum(low + size[safe], end[safe])
+    begin = base[safe] + index * size[safe]
+    low = jnp.maximum(begin, first[safe])
+    high = jnp.minimum(begin + size[safe], end[safe])
     kind = (index == count[safe] - 1) + 2 * (count[safe] == 1)
     return DecodePlan(
         jnp.stack([row, low, high, kind], axis=1).astype(jnp.int32),

@@ -2,22 +2,25 @@
 
     y[r, h] = sum_t softmax_t(scale * q[r, h] . k[t, h // G]) v[t, h // G]      t < row_start[r] + 1
 
-The parts are those of gpu_decode.py. Every multiprocessor keeps one program, which takes its share
-of the (part, key-value head) pairs one after another. Two warpgroups:
+The parts are those of gpu_decode.py, the longest first. Every multiprocessor keeps one program,
+which takes its share of the (part, key-value head) pairs one after another. Three warpgroups:
 
-    memory | k tile, v tile of 64 tokens, `stages` ahead, on into the next part and the next row
-    mixer  | q.k of a tile, softmax, p.v, ...; at a part's end its result
+    memory  | queries of a part, its new token, k tile, v tile of 64 tokens, up to `tiles` of them
+            | ahead for each mixer, on into the next part and the next row
+    mixer 0 | of every other part: k.q of a tile, softmax, v.p, ...; at its end its result
+    mixer 1 | of the others
 
-so that the memory never rests between rows: that is what the kernel is for. A product takes 64 rows
-of queries, of which G count; the tensor cores have time for that. A row's last part has one more
-tile with the new token alone, which comes from the step's own keys and values; the mixer stores it
-in its page afterwards.
+so that the memory never rests between rows: that is what the kernel is for. One mixer would do for
+the products, but not for the waits of one after the other. Products are
+transposed, tokens by heads: a wgmma has 64 rows, and a group of heads would leave most of them
+empty. Of a row's last part the first tile is the new token alone, which comes from the step's own
+keys and values; the mixer stores it in its page at the end.
 
 Copies count rows in eights, so a part's queries come with their neighbours, 8 heads from a multiple
 of 8 on, and a new key with those of the other heads. Of a part's last tile only 16 tokens at a time
 are copied, as far as they are needed: what lies behind in shared memory is masked, and finite.
 
-Shared memory per program: (2 * 64 + 2 * 64 * stages + 3 * 64) * D * 2 + 64 * 64 * 2 bytes.
+Shared memory per program: 2 * tiles * 2 * 64 * D * 2 bytes, and what `_room` counts besides.
 """
 
 # mypy: allow-untyped-calls
@@ -48,24 +51,27 @@ from octavo.pallas_kernels.attention.reference import KV
 from octavo.pallas_kernels.mosaic import (
     PROGRAMS,
     compiler_params,
+    over_warps,
+    over_warps_scratch,
     put,
     tiled,
     transposed,
     writes_through_references,
 )
 
-ROWS = 64  # the M of a wgmma
 TILE = 64  # tokens
+MIXERS = 2  # each with queries, stages and results of its own
+SHARED = 224 * 1024  # bytes of a program; barriers and what Pallas adds take some of the 227 KiB
 
 
 @dataclass(frozen=True)
 class HopperDecodeTuning:
     """How the kernel is built, and when it is taken."""
 
-    tiles: int = 3  # of keys and of values on their way
+    tiles: int = 3  # of keys and of values on their way to a mixer, if shared memory has room
     pairs: int = 528  # of a part and a head, to cut a batch into: some for each program
     programs: int = PROGRAMS  # fewer only to test how one goes from part to part
-    least_rows: int = 1 << 30  # from which it is taken: not yet, it has not been measured
+    least_rows: int = 129  # from which it is taken: gpu_decode.py norms and turns those of fewer
 
 
 HOPPER_DECODE = HopperDecodeTuning()
@@ -82,9 +88,11 @@ class _Static:
     D: int
     stages: int
     programs: int
+    most: int  # parts
     scale: float
     softcap: float
     dtype: Any
+    interpret: bool
 
     @property
     def G(self) -> int:
@@ -99,23 +107,24 @@ class _Static:
 class _Shared(NamedTuple):
     """Shared memory and barriers of a program."""
 
-    q_tiles: Any  # [2, ROWS, D]
-    k_tiles: Any  # [stages, TILE, D]
+    q_tiles: Any  # [MIXERS, group, D]
+    k_tiles: Any  # [MIXERS * stages, TILE, D]
     v_tiles: Any
-    p_tile: Any  # [ROWS, TILE]
-    y_tile: Any  # [ROWS, D]
-    acc_tile: Any  # f32[ROWS, D]
-    sums: Any  # f32[2, ROWS] maxima, sums
-    q_arrived: Any  # [2]
-    k_arrived: Any  # [stages]
+    p_tiles: Any  # [MIXERS, group, TILE]
+    y_tiles: Any  # [MIXERS, G, D]
+    acc_tiles: Any  # f32[MIXERS, G, D]
+    sums: Any  # f32[MIXERS, 2, group] maxima, sums
+    scratch: Any  # f32[MIXERS, ...] for what warps tell each other
+    q_arrived: Any  # [MIXERS]
+    k_arrived: Any  # [MIXERS * stages]
     v_arrived: Any
-    q_freed: Any  # [2]
-    k_freed: Any  # [stages]
+    q_freed: Any  # [MIXERS]
+    k_freed: Any  # [MIXERS * stages]
     v_freed: Any
 
 
 class _Inputs(NamedTuple):
-    parts: Any  # i32[W, 4]
+    parts: Any  # i32[W, 6]
     used: Any  # i32[1] parts
     table: Any  # i32[R, M]
     dest: Any  # i32[N]
@@ -135,8 +144,10 @@ class _Part(NamedTuple):
     high: Any  # not seen any more
     kind: Any  # bits: 1 with the new token, 2 the only part
     head: Any  # of keys and values
-    first: Any  # tile
-    cached: Any  # tiles before the new token's
+    page: Any  # of the first cached tile
+    first: Any  # cached tile
+    own: Any  # 1 with a tile of the new token, which comes before the cached ones, else 0
+    tiles: Any  # of both kinds
 
 
 def why_not_hopper_decode(
@@ -156,29 +167,59 @@ def why_not_hopper_decode(
         return f"queries are {q.dtype} and the cache is {k_pages.dtype}: 16 bits are needed"
     if H % EIGHT or H // K not in (1, 2, 4, 8, 16, 32, 64) or (q.shape[0] * K) % EIGHT:
         return f"H={H} and K={K} heads of {q.shape[0]} tokens are not in eights"
+    if _room(together(H // K), H // K, D) < 1:
+        return f"{H // K} heads a group leave no room for a tile in shared memory"
     if any(x is not None for x in given):
         return "sinks and scales of the cache are left to gpu_decode.py"
     return None
 
 
+def by_length(parts: jax.Array, table: jax.Array, page_size: int) -> jax.Array:
+    """parts i32[W, 4] of a plan, table i32[R, M] -> i32[W, 6], those of most tiles first, each with
+    its number and its first page.
+
+    Every part is compared with every other: W is some hundreds, and a sort takes many kernels.
+    """
+    row, low, high, kind = (parts[:, n] for n in range(4))
+    tiles = jnp.where(row < table.shape[0], pl.cdiv(high - low, TILE) + (kind & 1), -1)
+    number = jnp.arange(parts.shape[0], dtype=jnp.int32)
+    before = (tiles[None] > tiles[:, None]) | (
+        (tiles[None] == tiles[:, None]) & (number[None] < number[:, None])
+    )
+    place = jnp.sum(before, axis=1, dtype=jnp.int32)
+    page = table.at[row, low // page_size].get(mode="clip")
+    whole = jnp.concatenate([parts, number[:, None], page[:, None]], axis=1)
+    return jnp.zeros_like(whole).at[place].set(whole, unique_indices=True)
+
+
+def _seat(c: _Static, turn):
+    """This program's place among those of a turn: every other one is dealt backwards."""
+    mine = lax.axis_index("program")
+    return jnp.where(turn & 1 == 1, c.programs - 1 - mine, mine)
+
+
 def _turns(c: _Static, used_ref):
     """How many pairs this program works on."""
     items = used_ref[0] * c.K
-    return lax.div(items - lax.axis_index("program") + (c.programs - 1), jnp.int32(c.programs))
+    whole = lax.div(items, jnp.int32(c.programs))
+    return whole + (_seat(c, whole) < items - whole * c.programs).astype(jnp.int32)
 
 
-def _load(c: _Static, i: _Inputs, turn, turns) -> _Part:
-    """What the plan says of a turn; after the last turn, of the last turn again."""
-    item = jnp.minimum(turn, turns - 1) * c.programs + lax.axis_index("program")
-    part = lax.div(item, jnp.int32(c.K))
-    row, low, high, kind = (i.parts[part, n] for n in range(4))
+def _load(c: _Static, i: _Inputs, turn) -> _Part:
+    """What the plan says of a turn; behind the last one, of anything."""
+    item = jnp.minimum(turn * c.programs + _seat(c, turn), c.most * c.K - 1)
+    place = lax.div(item, jnp.int32(c.K))
+    row, low, high, kind, number, page = (i.parts[place, n] for n in range(6))
     first = lax.div(low, jnp.int32(TILE))
     cached = jnp.where(high > low, lax.div(high + (TILE - 1), jnp.int32(TILE)) - first, 0)
-    return _Part(part, row, low, high, kind, item - part * c.K, first, cached)
+    own = kind & 1
+    head = item - place * c.K
+    return _Part(number, row, low, high, kind, head, page, first, own, cached + own)
 
 
-def _tiles(part: _Part):
-    return part.cached + (part.kind & 1)
+def _stage(c: _Static, mixer, count):
+    """Where a mixer's tile lies that `count` of its own came before."""
+    return mixer * c.stages + lax.rem(count, jnp.int32(c.stages))
 
 
 def _aligned(place):
@@ -193,28 +234,18 @@ def _supply(c: _Static, m: _Shared, i: _Inputs, turns):
     def copy(source, begin, rows, target, at, barrier):
         plgpu.copy_gmem_to_smem(source.at[pl.ds(begin, rows)], target.at[pl.ds(at, rows)], barrier)
 
-    def page_of(part: _Part, n):
-        place = jnp.clip((part.first + n) * TILE, 0, jnp.maximum(part.high - 1, 0))
-        return i.table[part.row, lax.shift_right_logical(place, jnp.int32(log2(c.S)))]
-
-    def fetch(part: _Part, n, page, pages, new, target, barrier):
-        """One tile of keys or values; two arrivals, whatever is copied."""
+    def fetch(part: _Part, n, page, pages, target, barrier):
+        """A cached tile of keys or values; two arrivals, whatever is copied."""
         begin = (part.first + n) * TILE
         where = (page * c.K + part.head) * c.S + (begin & (c.S - 1))
         left = part.high - begin
-        own = n >= part.cached
 
-        @pl.when(own)
-        def _():
-            copy(new, _aligned(part.row * c.K + part.head)[0], EIGHT, target, 0, barrier)
-            plgpu.barrier_arrive(barrier)
-
-        @pl.when(jnp.logical_not(own) & (left > 48))
+        @pl.when(left > 48)
         def _():
             copy(pages, where, TILE, target, 0, barrier)
             plgpu.barrier_arrive(barrier)
 
-        @pl.when(jnp.logical_not(own) & (left <= 48))
+        @pl.when(left <= 48)
         def _():
             half = left > 16
 
@@ -231,34 +262,45 @@ def _supply(c: _Static, m: _Shared, i: _Inputs, turns):
             def _():
                 plgpu.barrier_arrive(barrier)
 
+    def fetch_own(part: _Part, new, target, barrier):
+        """The new key or value, among its neighbours."""
+        copy(new, _aligned(part.row * c.K + part.head)[0], EIGHT, target, 0, barrier)
+        plgpu.barrier_arrive(barrier)
+
     def one(turn, carry):
-        done, part, page = carry
-        following, half = _load(c, i, turn + 1, turns), turn & 1
-        plgpu.barrier_wait(m.q_freed.at[half])
+        done, other, part = carry
+        following, mixer = _load(c, i, turn + 1), turn & 1
+        plgpu.barrier_wait(m.q_freed.at[mixer])
         heads = _aligned(part.row * c.H + part.head * c.G)[0]
-        copy(i.q, heads, c.group, m.q_tiles.at[half], 0, m.q_arrived.at[half])
+        copy(i.q, heads, c.group, m.q_tiles.at[mixer], 0, m.q_arrived.at[mixer])
+
+        @pl.when(part.own == 1)
+        def _():
+            stage = _stage(c, mixer, done)
+            plgpu.barrier_wait(m.k_freed.at[stage])
+            fetch_own(part, i.k, m.k_tiles.at[stage], m.k_arrived.at[stage])
+            plgpu.barrier_wait(m.v_freed.at[stage])
+            fetch_own(part, i.v, m.v_tiles.at[stage], m.v_arrived.at[stage])
 
         def tile(n, page):
-            stage, last = lax.rem(done + n, jnp.int32(c.stages)), n + 1 == _tiles(part)
-            after = jax.tree.map(lambda a, b: jnp.where(last, b, a), part, following)
-            ahead = page_of(after, jnp.where(last, 0, n + 1))  # arrives while others are waited for
+            stage = _stage(c, mixer, done + part.own + n)
+            after = jnp.clip((part.first + n + 1) * TILE, 0, jnp.maximum(part.high - 1, 0))
+            ahead = i.table[part.row, lax.shift_right_logical(after, jnp.int32(log2(c.S)))]
             plgpu.barrier_wait(m.k_freed.at[stage])
-            fetch(part, n, page, i.k_pages, i.k, m.k_tiles.at[stage], m.k_arrived.at[stage])
+            fetch(part, n, page, i.k_pages, m.k_tiles.at[stage], m.k_arrived.at[stage])
             plgpu.barrier_wait(m.v_freed.at[stage])
-            fetch(part, n, page, i.v_pages, i.v, m.v_tiles.at[stage], m.v_arrived.at[stage])
-            return ahead
+            fetch(part, n, page, i.v_pages, m.v_tiles.at[stage], m.v_arrived.at[stage])
+            return ahead  # arrived while others were waited for
 
-        page = lax.fori_loop(0, _tiles(part), tile, page)
-        return done + _tiles(part), following, page
+        lax.fori_loop(0, part.tiles - part.own, tile, part.page)
+        return other, done + part.tiles, following  # the other mixer's turn
 
-    begin = _load(c, i, 0, turns)
-    done, *_ = lax.fori_loop(0, turns, one, (jnp.int32(0), begin, page_of(begin, 0)))
-    for n in range(c.stages):  # what is freed last is waited for, too
-        stage = lax.rem(done + n, jnp.int32(c.stages))
+    lax.fori_loop(0, turns, one, (jnp.int32(0), jnp.int32(0), _load(c, i, jnp.int32(0))))
+    for stage in range(MIXERS * c.stages):  # what is freed last is waited for, too
         plgpu.barrier_wait(m.k_freed.at[stage])
         plgpu.barrier_wait(m.v_freed.at[stage])
-    for n in range(2):
-        plgpu.barrier_wait(m.q_freed.at[(turns + n) & 1])
+    for mixer in range(MIXERS):
+        plgpu.barrier_wait(m.q_freed.at[mixer])
 
 
 def _load_new(c: _Static, i: _Inputs, part: _Part):
@@ -272,124 +314,136 @@ def _load_new(c: _Static, i: _Inputs, part: _Part):
 
 
 def _mask(c: _Static, part: _Part, n, x):
-    """Hide what is not the part's: x f32[ROWS, TILE]."""
-    own = n >= part.cached
-    begin = (part.first + n) * TILE
+    """Hide what is not the part's: x f32[TILE, group]."""
+    own = n < part.own
+    begin = (part.first + n - part.own) * TILE
     new = _aligned(part.row * c.K + part.head)[1]
     low = jnp.where(own, new, part.low - begin)
     high = jnp.where(own, new + 1, part.high - begin)
-    token = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
+    token = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
     return jnp.where((token >= low) & (token < high), x, NOTHING)
 
 
-def _attend(c: _Static, m: _Shared, part: _Part, half, done):
-    """One part: (accumulator f32[ROWS, D], maxima and sums f32[ROWS])."""
+def _attend(c: _Static, m: _Shared, part: _Part, mixer, done):
+    """One part: (accumulator f32[D, group], maxima and sums f32[group])."""
+    over = functools.partial(over_warps, scratch=m.scratch.at[mixer], interpret=c.interpret)
 
     def tile(n, carry):
         acc, top, total = carry
-        stage = lax.rem(done + n, jnp.int32(c.stages))
+        stage = _stage(c, mixer, done + n)
 
         def logits(x_ref):
-            plgpu.wgmma(x_ref, m.q_tiles.at[half], transposed(m.k_tiles.at[stage]))
+            plgpu.wgmma(x_ref, m.k_tiles.at[stage], transposed(m.q_tiles.at[mixer]))
             return x_ref[...]
 
         def values(y_ref):
-            plgpu.wgmma(y_ref, m.p_tile, m.v_tiles.at[stage])
+            plgpu.wgmma(y_ref, transposed(m.v_tiles.at[stage]), transposed(m.p_tiles.at[mixer]))
             return y_ref[...]
 
         plgpu.barrier_wait(m.k_arrived.at[stage])
-        x = pl.run_scoped(logits, plgpu.WGMMAAccumulatorRef((ROWS, TILE), jnp.float32))
+        x = pl.run_scoped(logits, plgpu.WGMMAAccumulatorRef((TILE, c.group), jnp.float32))
         plgpu.barrier_arrive(m.k_freed.at[stage])
         x = _mask(c, part, n, cap(x * (c.scale * LOG2E), c.softcap))
-        peak = jnp.maximum(top, x.max(axis=1))
-        p = jnp.exp2(x - lax.broadcast_in_dim(peak, x.shape, [0]))
+        peak = jnp.maximum(top, over("max", x))
+        p = jnp.exp2(x - lax.broadcast_in_dim(peak, x.shape, [1]))
         shrink = jnp.exp2(top - peak)
-        m.p_tile[...] = p.astype(c.dtype)
+        weights = plgpu.layout_cast(p.astype(c.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        transposed(m.p_tiles.at[mixer])[...] = weights
         plgpu.commit_smem()
         plgpu.barrier_wait(m.v_arrived.at[stage])
-        more = pl.run_scoped(values, plgpu.WGMMAAccumulatorRef((ROWS, c.D), jnp.float32))
+        more = pl.run_scoped(values, plgpu.WGMMAAccumulatorRef((c.D, c.group), jnp.float32))
         plgpu.barrier_arrive(m.v_freed.at[stage])
-        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0]) + more
-        return acc, peak, total * shrink + p.sum(axis=1)
+        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [1]) + more
+        return acc, peak, total * lax.broadcast_in_dim(shrink, x.shape, [1]) + p
 
     layout = plgpu.Layout.WGMMA
-    zeros = plgpu.layout_cast(jnp.zeros((ROWS, c.D), jnp.float32), layout)
-    top, total = (
-        plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), layout.reduce(1))
-        for value in (NOTHING, 0.0)
+    acc, total = (
+        plgpu.layout_cast(jnp.zeros((n, c.group), jnp.float32), layout) for n in (c.D, TILE)
     )
-    return lax.fori_loop(0, _tiles(part), tile, (zeros, top, total))
+    top = plgpu.layout_cast(jnp.full((c.group,), NOTHING, jnp.float32), layout.reduce(0))
+    acc, top, total = lax.fori_loop(0, part.tiles, tile, (acc, top, total))
+    return acc, top, over("add", total)
 
 
-def _finish(c: _Static, m: _Shared, part: _Part, result, outputs):
+def _finish(c: _Static, m: _Shared, mixer, part: _Part, result, outputs):
     """Write a whole row's result, or what the merge needs of a part."""
     y_ref, acc_ref, max_ref, sum_ref = outputs
     acc, top, total = result
     heads = part.head * c.G
-    mine = pl.ds(_aligned(part.row * c.H + heads)[1], c.G)  # of the rows, the G that count
+    first = _aligned(part.row * c.H + heads)[1]  # of the columns, G count from here on
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the part before has left
+
+    def turn(x, tile):
+        """The columns that count become rows, one by one."""
+        column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
+
+        def one(g, _):
+            put(tile.at[g], jnp.where(column == first + g, x, 0.0).sum(axis=1).astype(tile.dtype))
+
+        lax.fori_loop(0, c.G, one, None)
+        plgpu.commit_smem()
 
     @pl.when(part.kind >= 2)
     def _():
-        y = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
-        put(m.y_tile, y.astype(c.dtype))
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(m.y_tile.at[mine], y_ref.at[part.row, pl.ds(heads, c.G)])
+        y = acc * lax.broadcast_in_dim(1 / total, acc.shape, [1])
+        turn(y, m.y_tiles.at[mixer])
+        plgpu.copy_smem_to_gmem(m.y_tiles.at[mixer], y_ref.at[part.row, pl.ds(heads, c.G)])
 
     @pl.when(part.kind < 2)
     def _():
-        put(m.acc_tile, acc)
-        put(m.sums.at[0], top)
-        put(m.sums.at[1], total)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(m.acc_tile.at[mine], acc_ref.at[part.part, pl.ds(heads, c.G)])
+        put(m.sums.at[mixer, 0], top)
+        put(m.sums.at[mixer, 1], total)
+        turn(acc, m.acc_tiles.at[mixer])
+        plgpu.copy_smem_to_gmem(m.acc_tiles.at[mixer], acc_ref.at[part.part, pl.ds(heads, c.G)])
         for n, target in enumerate((max_ref, sum_ref)):
-            whole = m.sums.at[n, pl.ds(0, c.group)]
-            plgpu.copy_smem_to_gmem(whole, target.at[part.part, part.head])
+            plgpu.copy_smem_to_gmem(m.sums.at[mixer, n], target.at[part.part, part.head])
 
 
-def _mix(c: _Static, m: _Shared, i: _Inputs, turns, outputs):
-    """The mixer: all parts."""
+def _mix(c: _Static, m: _Shared, i: _Inputs, mixer, turns, outputs):
+    """A mixer: every other part."""
 
-    def one(turn, carry):
+    def one(n, carry):
         done, part = carry
-        following, half = _load(c, i, turn + 1, turns), turn & 1
+        following = _load(c, i, MIXERS * (n + 1) + mixer)
         (key, value), where = _load_new(c, i, part)
-        plgpu.barrier_wait(m.q_arrived.at[half])
-        result = _attend(c, m, part, half, done)
-        plgpu.barrier_arrive(m.q_freed.at[half])
+        plgpu.barrier_wait(m.q_arrived.at[mixer])
+        result = _attend(c, m, part, mixer, done)
+        plgpu.barrier_arrive(m.q_freed.at[mixer])
 
-        @pl.when(part.kind & 1 == 1)
+        @pl.when(part.own == 1)
         def _():  # only now: the copy engine has read the page
             i.k_pages[where] = key
             i.v_pages[where] = value
 
-        _finish(c, m, part, result, outputs)
-        return done + _tiles(part), following
+        _finish(c, m, mixer, part, result, outputs)
+        return done + part.tiles, following
 
+    part = _load(c, i, mixer)
+    mine = [mixer * c.stages + n for n in range(c.stages)]
+    plgpu.barrier_arrive(m.q_freed.at[mixer])
+    for stage in mine:
+        plgpu.barrier_arrive(m.k_freed.at[stage])
     nothing = plgpu.layout_cast(jnp.zeros((TILE, c.D), c.dtype), plgpu.Layout.WGMMA)
-    for stage in range(c.stages):  # a weight of 0 times what was never written must be 0
+    for stage in mine:  # a weight of 0 times what was never written must be 0
         m.v_tiles[stage] = nothing
-    plgpu.commit_smem()
-    for barriers, n in ((m.q_freed, 2), (m.k_freed, c.stages), (m.v_freed, c.stages)):
-        for k in range(n):
-            plgpu.barrier_arrive(barriers.at[k])
-    lax.fori_loop(0, turns, one, (jnp.int32(0), _load(c, i, 0, turns)))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(m.v_freed.at[stage])
+    own = lax.div(turns + (MIXERS - 1 - mixer), jnp.int32(MIXERS))
+    lax.fori_loop(0, own, one, (jnp.int32(0), part))
     plgpu.wait_smem_to_gmem(0)
 
 
 def _kernel(c: _Static, *refs):
-    i, outputs = _Inputs(*refs[:9]), refs[9:13]
-    m = _Shared(*refs[13:])
+    i, outputs, m = _Inputs(*refs[:9]), refs[9:13], _Shared(*refs[13:])
     turns = _turns(c, i.used)
     mine = lax.axis_index("warpgroup")
 
-    @pl.when((mine == 0) & (turns > 0))
+    @pl.when((mine < MIXERS) & (turns > 0))
     def _():
-        plgpu.set_max_registers(240, action="increase")
-        _mix(c, m, i, turns, outputs)
+        plgpu.set_max_registers(208, action="increase")
+        _mix(c, m, i, mine, turns, outputs)
 
-    @pl.when((mine == 1) & (turns > 0))
+    @pl.when((mine == MIXERS) & (turns > 0))
     def _():
         plgpu.set_max_registers(64, action="decrease")
         _supply(c, m, i, turns)
@@ -398,23 +452,32 @@ def _kernel(c: _Static, *refs):
 def _scratch(c: _Static) -> _Shared:
     """The shared memory and barriers to ask for."""
     shared = functools.partial(plgpu.SMEM, dtype=c.dtype, transforms=tiled())
-    arrived = plgpu.Barrier(num_arrivals=2, num_barriers=c.stages)
-    freed = plgpu.Barrier(num_barriers=c.stages)
+    stages = MIXERS * c.stages
+    arrived = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    freed = plgpu.Barrier(num_barriers=stages)
     return _Shared(
-        q_tiles=shared((2, ROWS, c.D)),
-        k_tiles=shared((c.stages, TILE, c.D)),
-        v_tiles=shared((c.stages, TILE, c.D)),
-        p_tile=shared((ROWS, TILE)),
-        y_tile=plgpu.SMEM((ROWS, c.D), c.dtype),
-        acc_tile=plgpu.SMEM((ROWS, c.D), jnp.float32),
-        sums=plgpu.SMEM((2, ROWS), jnp.float32),
-        q_arrived=plgpu.Barrier(num_barriers=2),
+        q_tiles=shared((MIXERS, c.group, c.D)),
+        k_tiles=shared((stages, TILE, c.D)),
+        v_tiles=shared((stages, TILE, c.D)),
+        p_tiles=shared((MIXERS, c.group, TILE)),
+        y_tiles=plgpu.SMEM((MIXERS, c.G, c.D), c.dtype),
+        acc_tiles=plgpu.SMEM((MIXERS, c.G, c.D), jnp.float32),
+        sums=plgpu.SMEM((MIXERS, 2, c.group), jnp.float32),
+        scratch=plgpu.SMEM((MIXERS, over_warps_scratch(c.group)), jnp.float32),
+        q_arrived=plgpu.Barrier(num_barriers=MIXERS),
         k_arrived=arrived,
         v_arrived=arrived,
-        q_freed=plgpu.Barrier(num_barriers=2),
+        q_freed=plgpu.Barrier(num_barriers=MIXERS),
         k_freed=freed,
         v_freed=freed,
     )
+
+
+def _room(group: int, G: int, D: int) -> int:
+    """How many tiles of keys and of values a mixer can have."""
+    q, p, y, acc = group * D * 2, group * TILE * 2, G * D * 2, G * D * 4
+    fixed = q + p + y + acc + 2 * group * 4 + over_warps_scratch(group) * 4
+    return (SHARED // MIXERS - fixed) // (2 * TILE * D * 2)
 
 
 def decode_hopper(
@@ -457,7 +520,9 @@ def parts_hopper(
     W = plan.parts.shape[0]
     used = jnp.sum(plan.rows[:, 1], dtype=jnp.int32)[None]
     programs = min(tuning.programs, W * K)
-    c = _Static(R, H, K, S, D, tuning.tiles, programs, scale, softcap, q.dtype)
+    stages = min(tuning.tiles, _room(together(H // K), H // K, D))
+    how = (stages, programs, W, scale, softcap, q.dtype, interpret is not None)
+    c = _Static(R, H, K, S, D, *how)
     k_ref, v_ref = (jax.new_ref(x.reshape(P * K * S, D)) for x in (cache.k, cache.v))
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     results = plgpu.kernel(
@@ -469,13 +534,13 @@ def parts_hopper(
         scratch_types=_scratch(c),
         grid=(c.programs,),
         grid_names=("program",),
-        num_threads=2,
+        num_threads=MIXERS + 1,
         thread_name="warpgroup",
         kernel_name="paged_decode_hopper",
         compiler_params=compiler_params(),
         interpret=interpret,
     )(
-        plan.parts, used, batch.table, batch.dest, q.reshape(N * H, D),
+        by_length(plan.parts, batch.table, S), used, batch.table, batch.dest, q.reshape(N * H, D),
         *(x.reshape(-1, D) for x in (k, v)), k_ref, v_ref,
     )  # fmt: skip
     pages = (jax.freeze(ref).reshape(P, K, S, D) for ref in (k_ref, v_ref))

@@ -108,3 +108,14 @@ def test_the_plan_reads_as_a_table() -> None:
 def test_budgets_are_no_larger_than_the_longest_sequence_needs() -> None:
     got = sized(LLAMA, max_model_len=100, max_num_batched_tokens=4096)
     assert got.token_buckets[-1] == 128
+
+
+def test_a_small_model_has_no_steps_that_take_as_long_as_larger_ones() -> None:
+    def buckets(small_model: int, most: int) -> tuple[int, ...]:
+        record = replace(backend(1 << 30), small_model=small_model, small_tokens=128)
+        settings = EngineConfig(max_num_batched_tokens=most)
+        return resolve(settings, record, ModelConfig.from_hf(LLAMA)).token_buckets
+
+    assert buckets(0, 256) == (32, 128, 256)
+    assert buckets(1 << 30, 256) == (128, 256)
+    assert buckets(1 << 30, 64) == (64,)

@@ -82,6 +82,32 @@ def test_it_matches_the_definition_in_the_interpreter(N: int, E: int, F: int, ac
     assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 4e-3
 
 
+@NEW
+@pytest.mark.parametrize("E", [192, 64])  # more and fewer stages than there are
+def test_last_tiles_are_halved_behind_whole_ones(E: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PROGRAMS", 3)
+    c = _Static(E // gpu.DEPTH, 2, 2, 16, None, None)
+    assert (c.programs, c.left, c.halves) == (3, 1, 2)
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (200, E), jnp.bfloat16)
+    weight = 0.1 * jax.random.normal(keys[1], (E, 2 * 256), jnp.bfloat16)
+    plgpu: Any = import_module("jax.experimental.pallas.mosaic_gpu")
+    interpreter = plgpu.InterpretGPUParams(detect_races=True)
+    got = gpu.gated_linear(x, weight, "silu", interpret=interpreter).astype(jnp.float32)
+    want = reference.gated_linear(x, weight, ACTIVATIONS["silu"]).astype(jnp.float32)
+    assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 4e-3
+
+
+def test_tiles_are_halved_where_there_are_few() -> None:
+    def halves(rows: int, blocks: int) -> int:
+        return _Static(4, rows, blocks, 16, None, None).halves
+
+    assert halves(2, 24) == 96  # 48 tiles: all of them
+    assert halves(4, 112) == 2 * (448 - 3 * PROGRAMS)
+    assert halves(2, 112) == 0  # 92 are left, more than half
+    assert halves(10, 112) == 0  # 8 turns before
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_definition_is_what_models_compute(name: str) -> None:
     keys = jax.random.split(jax.random.key(0))

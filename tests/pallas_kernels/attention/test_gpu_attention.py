@@ -124,15 +124,31 @@ def test_a_merging_program_joins_several_heads_where_there_are_many_results(
     assert relative_error(got[batch.real], want[batch.real]) < TOLERANCE["float32"]
 
 
-def test_parts_cover_each_cached_token_once() -> None:
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("target", [1, 6, 100])
+def test_parts_cover_each_cached_token_once(target: int, window: int) -> None:
     *_, batch = cases.inputs(CASES["decode"])
-    plan = plan_decode(batch, window=0, tile=16, target=6)
+    plan = plan_decode(batch, window=window, tile=16, target=target)
     seen: dict[int, list[int]] = {}
     for row, low, high, kind in plan.parts.tolist():
         if row < len(ROWS):
+            begin = max(ROWS[row][0] + 1 - window, 0) if window else 0
+            assert low in (begin, low // 16 * 16), "parts share no tile"
             seen.setdefault(row, []).extend(range(low, high))
             assert bool(kind & 1) == (high == ROWS[row][0]), "the last part takes the new token"
-    assert seen == {r: list(range(start)) for r, (start, count) in enumerate(ROWS) if count}
+    wanted = {
+        r: list(range(max(end + 1 - window, 0) if window else 0, end))
+        for r, (end, count) in enumerate(ROWS)
+        if count
+    }
+    assert seen == wanted
+
+
+def test_a_row_alone_is_cut_into_parts_of_a_tile_at_least() -> None:
+    *_, batch = cases.inputs(Case(rows=((100, 1),), pages_per_slot=8))
+    plan = plan_decode(batch, window=0, tile=16, target=20)
+    assert plan.parts.shape == (21, 4) and plan.rows.tolist() == [[0, 7]]
+    assert [high - low for _, low, high, _ in plan.parts[:7].tolist()] == [16] * 6 + [4]
 
 
 def test_blocks_cover_each_chunk_token_once() -> None:

@@ -113,6 +113,7 @@ def test_it_is_taken_from_the_rows_that_are_asked_for() -> None:
         (Case(rows=((5, 1),) * 8, heads=(8, 4, 128)), "bfloat16", "pages of 16"),
         (Case(rows=((5, 1),) * 8, heads=(8, 4, 128), page_size=64), "float32", "16 bits"),
         (Case(rows=((5, 1),) * 8, heads=(4, 4, 128), page_size=64), "bfloat16", "in eights"),
+        (Case(rows=((5, 1),) * 8, heads=(64, 1, 128), page_size=64), "bfloat16", "no room"),
     ],
 )
 def test_what_it_cannot_take_is_refused(case: Case, dtype: str, said: str) -> None:
