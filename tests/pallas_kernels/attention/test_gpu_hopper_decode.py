@@ -13,7 +13,9 @@ from octavo.pallas_kernels.attention import cases, gpu, gpu_decode, reference
 from octavo.pallas_kernels.attention.cases import Case
 from octavo.pallas_kernels.attention.gpu import Tuning
 from octavo.pallas_kernels.attention.gpu_hopper_decode import (
+    TILE,
     HopperDecodeTuning,
+    by_length,
     parts_hopper,
     why_not_hopper_decode,
 )
@@ -79,6 +81,33 @@ def test_matches_the_definition_without_races(name: str) -> None:
     assert not np.asarray(y, np.float32)[idle].any()
     for got_pages, wanted_pages in zip((pages.k, pages.v), (pages_wanted.k, pages_wanted.v)):
         assert jnp.array_equal(got_pages[1:], wanted_pages[1:])
+
+
+def test_the_longest_parts_come_first_with_their_numbers_and_pages() -> None:
+    case = CASES["lengths"][0]
+    *_, batch = cases.inputs(case, dtype="bfloat16")
+    parts = gpu_decode.plan_decode(batch, window=0, tile=TILE, target=4).parts
+    ordered = np.asarray(by_length(parts, batch.table, case.page_size))
+    assert sorted(ordered[:, 4].tolist()) == list(range(len(parts)))
+    assert np.array_equal(ordered[:, :4], np.asarray(parts)[ordered[:, 4]])
+    used = ordered[ordered[:, 0] < len(case.rows)]
+    assert np.array_equal(used, ordered[: len(used)]), "what is not used comes last"
+    tiles = -(-(used[:, 2] - used[:, 1]) // TILE) + (used[:, 3] & 1)
+    assert (np.diff(tiles) <= 0).all() and tiles[0] > tiles[-1]
+    table = np.asarray(batch.table)
+    assert np.array_equal(used[:, 5], table[used[:, 0], used[:, 1] // case.page_size])
+
+
+@NEW
+def test_a_step_without_decode_rows_gives_zeros() -> None:
+    plgpu: Any = import_module("jax.experimental.pallas.mosaic_gpu")
+    q, k, v, cache, batch = cases.inputs(Case(rows=((0, 0),) * 8, heads=(8, 4, 128), page_size=64))
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    cache = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache)
+    interpreter = plgpu.InterpretGPUParams(detect_races=True)
+    plan, results, pages = parts_hopper(q, k, v, cache, batch, scale=0.1, interpret=interpreter)
+    assert not np.asarray(gpu_decode.merge(plan, results, 16, interpret=True), np.float32).any()
+    assert jnp.array_equal(pages.k, cache.k) and jnp.array_equal(pages.v, cache.v)
 
 
 def _races() -> bool:
