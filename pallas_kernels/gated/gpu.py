@@ -11,12 +11,11 @@ keeps one program, which works on tile after tile of y. Three warpgroups:
     mixer 1 | rows 64..127
 
 Tiles are taken in bands of rows, so that those at work at one time share what the second-level
-cache holds. Where there are few, and no more than half of the programs would have a last one, each
-of these last tiles is taken by two programs, 64 of its columns each. What lies past the last row is
-read as zeros and not stored. (Two programs that share weights as a cluster, through the copy
-engine, were slower; so were 64 columns for all tiles.)
+cache holds. They have 128 columns of y, or 64 where that keeps more programs at work, as for the
+few columns of a small model. What lies past the last row is read as zeros and not stored. (Two
+programs that share weights through the copy engine, as a cluster, were slower.)
 
-Shared memory per program: stages * 64 * (128 + 2 * 128) * 2 + 128 * 128 * 2 bytes.
+Shared memory per program: stages * 64 * (128 + 2 * columns) * 2 + 128 * columns * 2 bytes.
 """
 
 # mypy: allow-untyped-calls
@@ -45,9 +44,9 @@ MIXERS = 2
 BLOCK = MIXERS * ROWS
 COLUMNS = 128  # of y that a tile has
 HALF = COLUMNS // 2
+HALF_TIME = 0.6  # of a tile's: a product of 64 columns reads x as often as one of 128
 DEPTH = 64  # of E that a stage holds: 128 bytes, a swizzled row
 STAGES = 4
-FEW_TURNS = 6  # of all programs: with more, whole tiles at the end were faster
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -68,30 +67,16 @@ class _Static:
     steps: int  # stages that a tile takes
     rows: int  # tiles of rows
     blocks: int  # tiles of columns
+    columns: int  # of a tile
     band: int
     act: Any
     dtype: Any
 
-    @property
-    def left(self) -> int:
-        """Tiles that do not fill a turn of all programs."""
-        return self.rows * self.blocks % PROGRAMS
-
-    @property
-    def halves(self) -> int:
-        """Halves that the last tiles are taken in, or 0 where they are taken whole."""
-        few = self.rows * self.blocks < FEW_TURNS * PROGRAMS
-        return 2 * self.left if few and 2 * self.left <= PROGRAMS else 0
-
-    @property
-    def programs(self) -> int:
-        return PROGRAMS if self.rows * self.blocks >= PROGRAMS else self.halves or self.left
-
 
 class _Shared(NamedTuple):
     x_tiles: Any  # [STAGES, BLOCK, DEPTH]
-    weights: Any  # by width, in one place: [STAGES, 2, DEPTH, COLUMNS], [STAGES, 4, DEPTH, HALF]
-    y_tiles: Any  # likewise: [MIXERS, ROWS, COLUMNS], [MIXERS, 2, ROWS, HALF]
+    weights: Any  # [STAGES, 2, DEPTH, columns]
+    y_tiles: Any  # [MIXERS, ROWS, columns]
     arrived: Any  # [STAGES]
     freed: Any  # [STAGES]
 
@@ -111,6 +96,16 @@ def why_not(x: jax.Array, weight: jax.Array, act: str, capability: tuple[int, in
     return None
 
 
+def columns_of(N: int, F: int) -> int:
+    """The columns of a tile that take N rows the shorter time."""
+
+    def time(columns: int, one: float) -> float:
+        tiles = -(-N // BLOCK) * (F // columns)
+        return -(-tiles // PROGRAMS) * one
+
+    return HALF if time(HALF, HALF_TIME) < time(COLUMNS, 1) else COLUMNS
+
+
 def _place(c: _Static, item):
     """The tile of rows and the tile of columns of an item: band after band, rows first."""
     height = -(-c.rows // -(-c.rows // c.band))  # bands of about one height
@@ -122,39 +117,18 @@ def _place(c: _Static, item):
 
 
 def _turns(c: _Static):
-    """How many whole tiles this program works on."""
-    items = c.rows * c.blocks - c.halves // 2
+    """How many tiles this program works on."""
+    items = c.rows * c.blocks
     return lax.div(items - lax.axis_index("program") + (PROGRAMS - 1), jnp.int32(PROGRAMS))
-
-
-def _half(c: _Static):
-    """This program's half of a tile, if it has one: tile of rows, first column."""
-    mine = lax.axis_index("program")
-    row, column = _place(c, c.rows * c.blocks - c.left + lax.div(mine, jnp.int32(2)))
-    return row, column * COLUMNS + (mine & 1) * HALF
-
-
-def _each(c: _Static, turns, whole, half):
-    """whole(turn, row, first column) for each tile, half(turn, row, first column) of the last."""
-
-    def tile(turn, _):
-        row, column = _place(c, lax.axis_index("program") + turn * PROGRAMS)
-        whole(turn, row, column * COLUMNS)
-        return ()
-
-    lax.fori_loop(0, turns, tile, ())
-    if c.halves:
-
-        @pl.when(lax.axis_index("program") < c.halves)
-        def _():
-            half(turns, *_half(c))
 
 
 def _supply(c: _Static, m: _Shared, x_ref, weight_ref):
     """The memory warpgroup: all tiles."""
-    F = c.blocks * COLUMNS
+    F = c.blocks * c.columns
 
-    def tile(width, turn, row, column):
+    def tile(turn, _):
+        row, column = _place(c, lax.axis_index("program") + turn * PROGRAMS)
+
         def step(k, _):
             stage = lax.rem(turn * c.steps + k, jnp.int32(STAGES))
             depth, arrived = pl.ds(k * DEPTH, DEPTH), m.arrived.at[stage]
@@ -162,22 +136,20 @@ def _supply(c: _Static, m: _Shared, x_ref, weight_ref):
             rows = x_ref.at[pl.ds(row * BLOCK, BLOCK), depth]
             plgpu.copy_gmem_to_smem(rows, m.x_tiles.at[stage], arrived)
             for i in range(2):
-                columns = weight_ref.at[depth, pl.ds(i * F + column, width)]
-                plgpu.copy_gmem_to_smem(columns, m.weights[width].at[stage, i], arrived)
+                columns = weight_ref.at[depth, pl.ds(i * F + column * c.columns, c.columns)]
+                plgpu.copy_gmem_to_smem(columns, m.weights.at[stage, i], arrived)
             return ()
 
-        lax.fori_loop(0, c.steps, step, ())
+        return lax.fori_loop(0, c.steps, step, ())
 
     turns = _turns(c)
-    _each(c, turns, functools.partial(tile, COLUMNS), functools.partial(tile, HALF))
-    if c.halves:
-        turns += (lax.axis_index("program") < c.halves).astype(jnp.int32)
+    lax.fori_loop(0, turns, tile, ())
     for i in range(STAGES):  # what is freed last is waited for, too
         plgpu.barrier_wait(m.freed.at[lax.rem(turns * c.steps + i, jnp.int32(STAGES))])
 
 
-def _multiply(c: _Static, m: _Shared, mine, turn, width: int):
-    """A mixer's part of one tile: gate and up, f32[ROWS, width] each.
+def _multiply(c: _Static, m: _Shared, mine, turn):
+    """A mixer's part of one tile: gate and up, f32[ROWS, columns] each.
 
     A stage is freed when the products of the next one are on their way.
     """
@@ -189,7 +161,7 @@ def _multiply(c: _Static, m: _Shared, mine, turn, width: int):
             plgpu.barrier_wait(m.arrived.at[stage])
             for i, acc in enumerate(accumulators):
                 x = m.x_tiles.at[stage, pl.ds(mine * ROWS, ROWS)]
-                plgpu.wgmma(acc, x, m.weights[width].at[stage, i])
+                plgpu.wgmma(acc, x, m.weights.at[stage, i])
             plgpu.wgmma_wait(2)
 
             @pl.when(k > 0)
@@ -201,7 +173,7 @@ def _multiply(c: _Static, m: _Shared, mine, turn, width: int):
         lax.fori_loop(0, c.steps, step, ())
         return tuple(acc[...] for acc in accumulators)
 
-    kind = plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32)
+    kind = plgpu.WGMMAAccumulatorRef((ROWS, c.columns), jnp.float32)
     both = pl.run_scoped(run, kind, kind)
     plgpu.barrier_arrive(m.freed.at[lax.rem((turn + 1) * c.steps - 1, jnp.int32(STAGES))])
     return both
@@ -209,53 +181,26 @@ def _multiply(c: _Static, m: _Shared, mine, turn, width: int):
 
 def _mix(c: _Static, m: _Shared, mine, y_ref):
     """A mixer: all tiles."""
+    y_tile = m.y_tiles.at[mine]
 
-    def tile(width, turn, row, column):
-        y_tile = m.y_tiles[width].at[mine] if width == COLUMNS else m.y_tiles[width].at[mine, 0]
-        gate, up = _multiply(c, m, mine, turn, width)
+    def tile(turn, _):
+        gate, up = _multiply(c, m, mine, turn)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left y_tile
         y_tile[...] = (c.act(gate) * up).astype(c.dtype)
         plgpu.commit_smem()
+        row, column = _place(c, lax.axis_index("program") + turn * PROGRAMS)
         rows = pl.ds(row * BLOCK + mine * ROWS, ROWS)
-        plgpu.copy_smem_to_gmem(y_tile, y_ref.at[rows, pl.ds(column, width)])
+        plgpu.copy_smem_to_gmem(y_tile, y_ref.at[rows, pl.ds(column * c.columns, c.columns)])
+        return ()
 
     for stage in range(STAGES):
         plgpu.barrier_arrive(m.freed.at[stage])
-    _each(c, _turns(c), functools.partial(tile, COLUMNS), functools.partial(tile, HALF))
+    lax.fori_loop(0, _turns(c), tile, ())
     plgpu.wait_smem_to_gmem(0)
 
 
-def _shared(c: _Static, x_tiles, weights, y_tiles, arrived, freed) -> _Shared:
-    """Weights and y by the width of their tiles."""
-
-    def by_width(refs):
-        return dict(zip((COLUMNS, HALF), refs)) if c.halves else {COLUMNS: refs}
-
-    return _Shared(x_tiles, by_width(weights), by_width(y_tiles), arrived, freed)
-
-
-def _scratch(c: _Static) -> _Shared:
-    """The shared memory and barriers to ask for.
-
-    Where tiles are halved, both widths lie in one place, stage by stage: a stage of either is as
-    long, so that one is freed for the other as for its own.
-    """
-    shared = functools.partial(plgpu.SMEM, dtype=c.dtype, transforms=tiled())
-    weights, y_tiles = shared((STAGES, 2, DEPTH, COLUMNS)), shared((MIXERS, ROWS, COLUMNS))
-    if c.halves:
-        weights = plgpu.RefUnion(weights, shared((STAGES, 4, DEPTH, HALF)))
-        y_tiles = plgpu.RefUnion(y_tiles, shared((MIXERS, 2, ROWS, HALF)))
-    return _Shared(
-        x_tiles=shared((STAGES, BLOCK, DEPTH)),
-        weights=weights,
-        y_tiles=y_tiles,
-        arrived=plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
-        freed=plgpu.Barrier(num_arrivals=MIXERS, num_barriers=STAGES),
-    )
-
-
 def _kernel(c: _Static, x_ref, weight_ref, y_ref, *scratch):
-    m = _shared(c, *scratch)
+    m = _Shared(*scratch)
     mine = lax.axis_index("warpgroup")
 
     @pl.when(mine < MIXERS)
@@ -280,12 +225,21 @@ def gated_linear(
 ) -> jax.Array:
     """x [N, E], weight [E, 2 F] -> [N, F] as in reference.py; act: one of ACTIVATIONS."""
     (N, E), F = x.shape, weight.shape[1] // 2
-    c = _Static(E // DEPTH, -(-N // BLOCK), F // COLUMNS, tuning.band, ACTIVATIONS[act], x.dtype)
+    columns = columns_of(N, F)
+    how = (columns, tuning.band, ACTIVATIONS[act], x.dtype)
+    c = _Static(E // DEPTH, -(-N // BLOCK), F // columns, *how)
+    shared = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=tiled())
     return plgpu.kernel(
         functools.partial(_kernel, c),
         out_type=jax.ShapeDtypeStruct((N, F), x.dtype),
-        scratch_types=_scratch(c),
-        grid=(c.programs,),
+        scratch_types=_Shared(
+            x_tiles=shared((STAGES, BLOCK, DEPTH)),
+            weights=shared((STAGES, 2, DEPTH, columns)),
+            y_tiles=shared((MIXERS, ROWS, columns)),
+            arrived=plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
+            freed=plgpu.Barrier(num_arrivals=MIXERS, num_barriers=STAGES),
+        ),
+        grid=(min(PROGRAMS, c.rows * c.blocks),),
         grid_names=("program",),
         num_threads=MIXERS + 1,
         thread_name="warpgroup",

@@ -28,14 +28,14 @@ def shapes(N: int, E: int, F: int, dtype: str = "bfloat16") -> tuple[jax.Array, 
     ("rows", "blocks", "band"), [(1, 5, 16), (2, 112, 16), (66, 7, 16), (5, 3, 2)]
 )
 def test_every_tile_is_worked_on_once(rows: int, blocks: int, band: int) -> None:
-    c = _Static(4, rows, blocks, band, None, None)
+    c = _Static(4, rows, blocks, gpu.COLUMNS, band, None, None)
     row, column = jax.vmap(functools.partial(_place, c))(jnp.arange(rows * blocks))
     places = set(zip(np.asarray(row).tolist(), np.asarray(column).tolist(), strict=True))
     assert places == {(r, n) for r in range(rows) for n in range(blocks)}
 
 
 def test_tiles_of_one_band_follow_one_another() -> None:
-    c = _Static(4, 66, 112, 16, None, None)
+    c = _Static(4, 66, 112, gpu.COLUMNS, 16, None, None)
     row, column = jax.vmap(functools.partial(_place, c))(jnp.arange(PROGRAMS))
     assert int(row.max()) < 16 and int(column.max()) < 10
 
@@ -83,14 +83,13 @@ def test_it_matches_the_definition_in_the_interpreter(N: int, E: int, F: int, ac
 
 
 @NEW
-@pytest.mark.parametrize("E", [192, 64])  # more and fewer stages than there are
-def test_last_tiles_are_halved_behind_whole_ones(E: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("F", [256, 384])
+def test_programs_with_several_tiles_match_too(F: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PROGRAMS", 3)
-    c = _Static(E // gpu.DEPTH, 2, 2, 16, None, None)
-    assert (c.programs, c.left, c.halves) == (3, 1, 2)
+    assert gpu.columns_of(136, F) == (gpu.HALF if F == 256 else gpu.COLUMNS)
     keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (200, E), jnp.bfloat16)
-    weight = 0.1 * jax.random.normal(keys[1], (E, 2 * 256), jnp.bfloat16)
+    x = jax.random.normal(keys[0], (136, 128), jnp.bfloat16)
+    weight = 0.1 * jax.random.normal(keys[1], (128, 2 * F), jnp.bfloat16)
     plgpu: Any = import_module("jax.experimental.pallas.mosaic_gpu")
     interpreter = plgpu.InterpretGPUParams(detect_races=True)
     got = gpu.gated_linear(x, weight, "silu", interpret=interpreter).astype(jnp.float32)
@@ -98,14 +97,9 @@ def test_last_tiles_are_halved_behind_whole_ones(E: int, monkeypatch: pytest.Mon
     assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 4e-3
 
 
-def test_tiles_are_halved_where_there_are_few() -> None:
-    def halves(rows: int, blocks: int) -> int:
-        return _Static(4, rows, blocks, 16, None, None).halves
-
-    assert halves(2, 24) == 96  # 48 tiles: all of them
-    assert halves(4, 112) == 2 * (448 - 3 * PROGRAMS)
-    assert halves(2, 112) == 0  # 92 are left, more than half
-    assert halves(10, 112) == 0  # 8 turns before
+def test_tiles_are_narrow_where_that_keeps_more_programs_at_work() -> None:
+    assert [gpu.columns_of(N, 3072) for N in (64, 256, 384, 768)] == [64, 64, 128, 64]
+    assert {gpu.columns_of(N, 14336) for N in (128, 256, 512, 768, 8448)} == {128}
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
