@@ -11,10 +11,10 @@ which takes its share of the (part, key-value head) pairs one after another. Thr
     mixer 1 | of the others
 
 so that the memory never rests between rows: that is what the kernel is for. One mixer would do for
-the products, but not for the waits of one after the other. Products are
-transposed, tokens by heads: a wgmma has 64 rows, and a group of heads would leave most of them
-empty. Of a row's last part the first tile is the new token alone, which comes from the step's own
-keys and values; the mixer stores it in its page at the end.
+the products, but not for the waits of one after the other. Products are transposed, tokens by
+heads: a wgmma has 64 rows, of which a group of heads would leave most empty. Of a row's last part
+the first tile is the new token alone, which comes from the step's own keys and values; the mixer
+stores it in its page at the end.
 
 Copies count rows in eights, so a part's queries come with their neighbours, 8 heads from a multiple
 of 8 on, and a new key with those of the other heads. Of a part's last tile only 16 tokens at a time
