@@ -5,6 +5,7 @@ from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from octavo.backends import plain
 from octavo.backends.gpu_choices import Choices
@@ -43,6 +44,7 @@ def backend(reason: str, choices: Choices = CHOICES) -> Backend:
         attend=partial(attend, capability=capability, tuning=choices.tuning),
         attend_packed=partial(attend_packed, choices=choices, capability=capability),
         gated_linear=partial(gated_linear, choices=choices, capability=capability),
+        normed_linear=partial(normed_linear, choices=choices),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
         linear=plain.linear,
@@ -126,6 +128,16 @@ def gated_linear(
     if gated.why_not(x, weight, act, capability) is not None:
         return None
     return gated.gated_linear(x, weight, act)
+
+
+def normed_linear(
+    x: jax.Array, weight: jax.Array, eps: float, layer: plain.Projection, *, choices: Choices
+) -> jax.Array | None:
+    """The norm's unit behind the product, where it joins the sum of parts or the product's own
+    kernel. None for more rows, and where x without its unit could overflow."""
+    if x.shape[0] > choices.unit_last or x.dtype != jnp.bfloat16:
+        return None
+    return plain.normed_linear(x, weight, eps, layer)
 
 
 def grouped_linear(

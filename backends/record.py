@@ -76,6 +76,8 @@ class Backend:
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
     # gated_linear(x [N, E], Linear [E, 2, F], act) -> [N, F], or None, likewise
     gated_linear: Callable[..., jax.Array | None] = lambda *_: None
+    # normed_linear(x [N, E], weight [E], eps, Linear) -> [N, out...], or None, likewise
+    normed_linear: Callable[..., jax.Array | None] = lambda *_: None
     stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
 
     columns: int = 0  # stacked matrices are kept in blocks of so many columns; 0: whole

@@ -105,6 +105,7 @@ def ops_of(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | 
         layers=backend.layers,
         attend_packed=attend_packed,
         gated_linear=backend.gated_linear,
+        normed_linear=backend.normed_linear,
         head=backend.head,
         across=across,
         dense_experts=backend.dense_experts,

@@ -1,6 +1,6 @@
 """The backend records: what they choose, refuse and compute."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from octavo.backends import BackendError, cpu, gpu, plain, select
 from octavo.backends.neuron.errors import NeuronError
 from octavo.backends.record import doubling
+from octavo.models.layers import rms_norm
 from octavo.models.ops import LayerSpec, Linear
 
 
@@ -50,6 +51,29 @@ def test_linear_keeps_the_axes_of_its_output(out: tuple[int, ...]) -> None:
     got = plain.linear(x, Linear(w, b))
     assert got.shape == (5, *out)
     np.testing.assert_allclose(got, jnp.tensordot(x, w, 1) + b, atol=1e-5)
+
+
+@pytest.mark.parametrize("out", [(7,), (2, 5), (3, 4, 2)])
+def test_a_unit_behind_the_product_is_the_norm_before_it(out: tuple[int, ...]) -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = 9 * jax.random.normal(keys[0], (6, 16))
+    weight, bias = 1 + jax.random.normal(keys[1], (16,)), jax.random.normal(keys[3], out)
+    for layer in (Linear(w := jax.random.normal(keys[2], (16, *out))), Linear(w, bias)):
+        want = plain.linear(rms_norm(x, weight, 1e-5), layer)
+        got = plain.normed_linear(x, weight, 1e-5, layer)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "taken"),
+    [(1, "bfloat16", True), (2, "bfloat16", False), (1, "float16", False), (1, "float32", False)],
+)
+def test_a_gpu_takes_the_unit_last_of_as_many_rows_as_it_is_asked(
+    rows: int, dtype: str, taken: bool
+) -> None:
+    x, layer = jnp.ones((rows, 16), dtype), Linear(jnp.ones((16, 8), dtype))
+    choices = replace(gpu.CHOICES, unit_last=1)
+    assert (gpu.normed_linear(x, x[0], 1e-5, layer, choices=choices) is not None) == taken
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
