@@ -42,9 +42,11 @@ from octavo.pallas_kernels.mosaic import (
     PROGRAMS,
     SLICE,
     compiler_params,
+    one_if,
     put,
     tiled,
     transposed,
+    when,
     writes_through_references,
 )
 
@@ -144,7 +146,7 @@ def _turns(c: _Static, used_ref):
     """How many blocks and heads this program works on."""
     items = used_ref[0] * c.H
     whole = lax.div(items, jnp.int32(c.programs))
-    return whole + (_item(c, whole) < items).astype(jnp.int32)
+    return whole + one_if(_item(c, whole) < items)
 
 
 def _item(c: _Static, turn):
@@ -221,7 +223,7 @@ def _fetch(c: _Static, m: _Shared, walk, following, turn, done, count, places, r
         ahead = _places(c, source, tile, table_ref)
         plgpu.barrier_wait(m.k_freed.at[stage])
         _copy(c, k_pages, m.k_tiles, m.k_arrived, stage, places)
-        pl.when(n == 0)(functools.partial(_copy_queries, c, m, walk, turn, q_ref))
+        when(n == 0)(functools.partial(_copy_queries, c, m, walk, turn, q_ref))
         plgpu.barrier_wait(m.v_freed.at[stage])
         _copy(c, v_pages, m.v_tiles, m.v_arrived, stage, places)
         return ahead
@@ -405,7 +407,7 @@ def _store(c: _Static, y, walk, mine, y_tile, y_ref):
     for bit in range(log2(ROWS), -1, -1):
         length = 1 << bit
 
-        @pl.when(count & length != 0)
+        @when(count & length != 0)
         def _(length=length):
             begin = count & -2 * length  # after what the larger copies took
             where = walk.token + mine * ROWS + begin
@@ -422,13 +424,13 @@ def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, 
     turns = _turns(c, used_ref)
     load = functools.partial(_load, c, plan_ref, turns=turns)
 
-    @pl.when((mine < MIXERS) & (turns > 0))
+    @when((mine < MIXERS) & (turns > 0))
     def _():
         plgpu.set_max_registers(232, action="increase")
         for barriers, n in ((m.q_freed, 2), (m.k_freed, c.stages), (m.v_freed, c.stages)):
             for i in range(n):
                 plgpu.barrier_arrive(barriers.at[i])
-        pl.when(mine == 1)(lambda: plgpu.barrier_arrive(m.turn.at[0]))
+        when(mine == 1)(lambda: plgpu.barrier_arrive(m.turn.at[0]))
 
         def work(turn, carry, final=False):
             done, loaded, next_loaded, soft = carry
@@ -445,7 +447,7 @@ def _kernel(c: _Static, plan_ref, used_ref, table_ref, q_ref, k_pages, v_pages, 
         work(turns - 1, carry, final=True)
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when((mine == MIXERS) & (turns > 0))
+    @when((mine == MIXERS) & (turns > 0))
     def _():
         plgpu.set_max_registers(40, action="decrease")
         _supply(c, m, load, turns, (q_ref, table_ref, k_pages, v_pages))

@@ -51,11 +51,13 @@ from octavo.pallas_kernels.attention.reference import KV
 from octavo.pallas_kernels.mosaic import (
     PROGRAMS,
     compiler_params,
+    one_if,
     over_warps,
     over_warps_scratch,
     put,
     tiled,
     transposed,
+    when,
     writes_through_references,
 )
 
@@ -167,7 +169,7 @@ def why_not_hopper_decode(
         return f"queries are {q.dtype} and the cache is {k_pages.dtype}: 16 bits are needed"
     if H % EIGHT or H // K not in (1, 2, 4, 8, 16, 32, 64) or (q.shape[0] * K) % EIGHT:
         return f"H={H} and K={K} heads of {q.shape[0]} tokens are not in eights"
-    if _room(together(H // K), H // K, D) < 1:
+    if _room(H // K, D) < 1:
         return f"{H // K} heads a group leave no room for a tile in shared memory"
     if any(x is not None for x in given):
         return "sinks and scales of the cache are left to gpu_decode.py"
@@ -202,7 +204,7 @@ def _turns(c: _Static, used_ref):
     """How many pairs this program works on."""
     items = used_ref[0] * c.K
     whole = lax.div(items, jnp.int32(c.programs))
-    return whole + (_seat(c, whole) < items - whole * c.programs).astype(jnp.int32)
+    return whole + one_if(_seat(c, whole) < items - whole * c.programs)
 
 
 def _load(c: _Static, i: _Inputs, turn) -> _Part:
@@ -240,25 +242,25 @@ def _supply(c: _Static, m: _Shared, i: _Inputs, turns):
         where = (page * c.K + part.head) * c.S + (begin & (c.S - 1))
         left = part.high - begin
 
-        @pl.when(left > 48)
+        @when(left > 48)
         def _():
             copy(pages, where, TILE, target, 0, barrier)
             plgpu.barrier_arrive(barrier)
 
-        @pl.when(left <= 48)
+        @when(left <= 48)
         def _():
             half = left > 16
 
-            @pl.when(half)
+            @when(half)
             def _():
                 copy(pages, where, 32, target, 0, barrier)
 
-            @pl.when((left > 32) | jnp.logical_not(half))
+            @when((left > 32) | jnp.logical_not(half))
             def _():
                 at = jnp.where(half, 32, 0)
                 copy(pages, where + at, 16, target, pl.multiple_of(at, 16), barrier)
 
-            @pl.when(jnp.logical_not(half) | (left <= 32))
+            @when(jnp.logical_not(half) | (left <= 32))
             def _():
                 plgpu.barrier_arrive(barrier)
 
@@ -274,7 +276,7 @@ def _supply(c: _Static, m: _Shared, i: _Inputs, turns):
         heads = _aligned(part.row * c.H + part.head * c.G)[0]
         copy(i.q, heads, c.group, m.q_tiles.at[mixer], 0, m.q_arrived.at[mixer])
 
-        @pl.when(part.own == 1)
+        @when(part.own == 1)
         def _():
             stage = _stage(c, mixer, done)
             plgpu.barrier_wait(m.k_freed.at[stage])
@@ -383,13 +385,13 @@ def _finish(c: _Static, m: _Shared, mixer, part: _Part, result, outputs):
         lax.fori_loop(0, c.G, one, None)
         plgpu.commit_smem()
 
-    @pl.when(part.kind >= 2)
+    @when(part.kind >= 2)
     def _():
         y = acc * lax.broadcast_in_dim(1 / total, acc.shape, [1])
         turn(y, m.y_tiles.at[mixer])
         plgpu.copy_smem_to_gmem(m.y_tiles.at[mixer], y_ref.at[part.row, pl.ds(heads, c.G)])
 
-    @pl.when(part.kind < 2)
+    @when(part.kind < 2)
     def _():
         put(m.sums.at[mixer, 0], top)
         put(m.sums.at[mixer, 1], total)
@@ -410,7 +412,7 @@ def _mix(c: _Static, m: _Shared, i: _Inputs, mixer, turns, outputs):
         result = _attend(c, m, part, mixer, done)
         plgpu.barrier_arrive(m.q_freed.at[mixer])
 
-        @pl.when(part.own == 1)
+        @when(part.own == 1)
         def _():  # only now: the copy engine has read the page
             i.k_pages[where] = key
             i.v_pages[where] = value
@@ -438,12 +440,12 @@ def _kernel(c: _Static, *refs):
     turns = _turns(c, i.used)
     mine = lax.axis_index("warpgroup")
 
-    @pl.when((mine < MIXERS) & (turns > 0))
+    @when((mine < MIXERS) & (turns > 0))
     def _():
         plgpu.set_max_registers(208, action="increase")
         _mix(c, m, i, mine, turns, outputs)
 
-    @pl.when((mine == MIXERS) & (turns > 0))
+    @when((mine == MIXERS) & (turns > 0))
     def _():
         plgpu.set_max_registers(64, action="decrease")
         _supply(c, m, i, turns)
@@ -473,8 +475,9 @@ def _scratch(c: _Static) -> _Shared:
     )
 
 
-def _room(group: int, G: int, D: int) -> int:
+def _room(G: int, D: int) -> int:
     """How many tiles of keys and of values a mixer can have."""
+    group = together(G)
     q, p, y, acc = group * D * 2, group * TILE * 2, G * D * 2, G * D * 4
     fixed = q + p + y + acc + 2 * group * 4 + over_warps_scratch(group) * 4
     return (SHARED // MIXERS - fixed) // (2 * TILE * D * 2)
@@ -520,7 +523,7 @@ def parts_hopper(
     W = plan.parts.shape[0]
     used = jnp.sum(plan.rows[:, 1], dtype=jnp.int32)[None]
     programs = min(tuning.programs, W * K)
-    stages = min(tuning.tiles, _room(together(H // K), H // K, D))
+    stages = min(tuning.tiles, _room(H // K, D))
     how = (stages, programs, W, scale, softcap, q.dtype, interpret is not None)
     c = _Static(R, H, K, S, D, *how)
     k_ref, v_ref = (jax.new_ref(x.reshape(P * K * S, D)) for x in (cache.k, cache.v))

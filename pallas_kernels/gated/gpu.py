@@ -35,6 +35,7 @@ from octavo.pallas_kernels.mosaic import (
     PROGRAMS,
     compiler_params,
     tiled,
+    when,
     writes_through_references,
 )
 
@@ -164,7 +165,7 @@ def _multiply(c: _Static, m: _Shared, mine, turn):
                 plgpu.wgmma(acc, x, m.weights.at[stage, i])
             plgpu.wgmma_wait(2)
 
-            @pl.when(k > 0)
+            @when(k > 0)
             def _():
                 plgpu.barrier_arrive(m.freed.at[lax.rem(at - 1, jnp.int32(STAGES))])
 
@@ -203,12 +204,12 @@ def _kernel(c: _Static, x_ref, weight_ref, y_ref, *scratch):
     m = _Shared(*scratch)
     mine = lax.axis_index("warpgroup")
 
-    @pl.when(mine < MIXERS)
+    @when(mine < MIXERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
         _mix(c, m, mine, y_ref)
 
-    @pl.when(mine == MIXERS)
+    @when(mine == MIXERS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
         _supply(c, m, x_ref, weight_ref)
