@@ -19,6 +19,7 @@ from octavo.pallas_kernels.grouped import gpu as grouped
 ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 GB = 10**9
+LARGE = 1 << 25  # elements of a weight
 CHOICES = Choices()
 # For steps over several devices: sums are recorded into one graph with all else. Of few tokens they
 # are NCCL's, 7 us for 8 rows and 32 for 256, where XLA's own kernel takes 21 and 24. The lists
@@ -44,10 +45,9 @@ def backend(reason: str, choices: Choices = CHOICES) -> Backend:
         attend=partial(attend, capability=capability, tuning=choices.tuning),
         attend_packed=partial(attend_packed, choices=choices, capability=capability),
         gated_linear=partial(gated_linear, choices=choices, capability=capability),
-        normed_linear=partial(normed_linear, choices=choices),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
-        linear=plain.linear,
+        linear=partial(linear, choices=choices),
         grouped_linear=partial(grouped_linear, capability=capability),
         layers=plain.layers,
         row_buckets=lambda most: up_to(ROWS, most),
@@ -57,6 +57,7 @@ def backend(reason: str, choices: Choices = CHOICES) -> Backend:
         page_size=64,
         dtype="bfloat16",
         compiler_options=partial(compiler_options, choices),
+        most_chunks=64,  # a step of 8,192 tokens may be 64 short prompts
         # A dispatch costs the host 1.5 to 2.5 ms; 4 GB are read in 1.3.
         small_model=4 * GB,
         autotuning="xla_gpu_per_fusion_autotune_cache_dir",
@@ -130,14 +131,17 @@ def gated_linear(
     return gated.gated_linear(x, weight, act)
 
 
-def normed_linear(
-    x: jax.Array, weight: jax.Array, eps: float, layer: plain.Projection, *, choices: Choices
-) -> jax.Array | None:
-    """The norm's unit behind the product, where it joins the sum of parts or the product's own
-    kernel. None for more rows, and where x without its unit could overflow."""
-    if x.shape[0] > choices.unit_last or x.dtype != jnp.bfloat16:
-        return None
-    return plain.normed_linear(x, weight, eps, layer)
+def linear(x: jax.Array, layer: plain.Projection, *, choices: Choices) -> jax.Array:
+    """x [N, in] -> [N, out...]. cuBLAS too cuts the depth of a product like `down` of 256 rows to
+    fill the device, but sums the parts slower than XLA does."""
+    N, weight = x.shape[0], layer.weight
+    long = weight.ndim == 2 and weight.shape[0] >= 3 * weight.shape[1] and weight.size >= LARGE
+    if not (choices.cublas_from < N <= choices.halved and long and weight.shape[0] % 128 == 0):
+        return plain.linear(x, layer)
+    halves = x.reshape(N, 2, -1), weight.reshape(2, -1, weight.shape[1])
+    y = jnp.einsum("npi,pio->pno", *halves, preferred_element_type=jnp.float32)
+    y = (y[0] + y[1]).astype(x.dtype)
+    return y if layer.bias is None else y + layer.bias
 
 
 def grouped_linear(

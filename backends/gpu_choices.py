@@ -26,10 +26,8 @@ class Choices:
     packed: int = 128
     # Tokens from which gate and up projection and their activation are one kernel.
     gated_from: int = 64
-    # Rows up to which a norm's unit multiplies after the product instead of before it. XLA makes
-    # one kernel of an addition and a norm of several rows, but three of one row's: with 1, two
-    # kernels a layer less. Not yet: it has not been measured.
-    unit_last: int = 0
+    # Tokens up to which a large product of a long depth is two of half of it, and their sum.
+    halved: int = 256
     tuning: Tuning = Tuning()
     xla: tuple[tuple[str, Value], ...] = ()  # options of XLA, for every program
 
@@ -47,7 +45,7 @@ def _with(choices: Choices, name: str, value: str) -> Choices:
     if name.startswith("xla_"):
         return replace(choices, xla=(*choices.xla, (name, _value(value))))
     tuning = choices.tuning
-    known = ["cublas_from", "packed", "gated_from", "unit_last"]
+    known = ["cublas_from", "packed", "gated_from", "halved"]
     if name in known:
         given: dict[str, Any] = {name: _number(name, value)}
         return replace(choices, **given)

@@ -42,17 +42,6 @@ def product(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     return jax.lax.optimization_barrier(y).reshape(x.shape[0], -1)  # or XLA reshapes the weight
 
 
-def normed_linear(x: jax.Array, weight: jax.Array, eps: float, layer: Projection) -> jax.Array:
-    """x [N, E], weight [E] of its norm -> [N, out...] in the dtype of x: the norm's unit, a number
-    of each row, multiplies what its weight and the projection made of x."""
-    wide = x.astype(jnp.float32)
-    unit = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1) + eps)
-    weighed = (wide * weight.astype(jnp.float32)).astype(x.dtype)
-    y = product(weighed, layer.weight, jnp.float32)
-    y = (y * unit.reshape(-1, *(1,) * (y.ndim - 1))).astype(x.dtype)
-    return y if layer.bias is None else y + layer.bias
-
-
 def grouped_linear(
     x: jax.Array,
     weight: jax.Array,

@@ -76,8 +76,6 @@ class Backend:
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
     # gated_linear(x [N, E], Linear [E, 2, F], act) -> [N, F], or None, likewise
     gated_linear: Callable[..., jax.Array | None] = lambda *_: None
-    # normed_linear(x [N, E], weight [E], eps, Linear) -> [N, out...], or None, likewise
-    normed_linear: Callable[..., jax.Array | None] = lambda *_: None
     stacked: bool = False  # `layers` wants `models.ops.Stacks`, and one cache for all of a group
 
     columns: int = 0  # stacked matrices are kept in blocks of so many columns; 0: whole
@@ -101,7 +99,7 @@ class Backend:
     autotuning: str = ""  # XLA's option for a folder that keeps what it found by trying
     # What its compiler cannot do; docs/design.md section 7.
     mixed: bool = True  # decode rows and prompt chunks in one program
-    most_chunks: int = 0  # prompt chunks in one step; 0 is as many as a plan holds
+    most_chunks: int = 32  # prompt chunks in one step, and admissions
     # Conditionals, infinities, loops that end when the device says so, integers across devices.
     branches: bool = True
     dense_experts: bool = False  # every expert meets every token

@@ -47,13 +47,11 @@ def _engine(shape: str, *words: str) -> tuple[str, ...]:
 ATTENTION = ("octavo.bench.gpu_attention", "--variants")
 APART = "gated_from=1000000"
 TRITON = "least_rows=1000000"  # decode of more than 128 rows as that of fewer
-UNIT_LAST = "unit_last=1"
 START = ("octavo", "bench", "startup", "{0.6b}", "--load-format", "dummy", "--rounds", "0")
 STEPS = (
     Step("golden", 40, ("octavo", "bench", "golden", "{weights}"), needs="weights"),
     Step("8B", 90, _engine("{8b}", "--steps")),
     Step("8B, decode by Triton", 70, _engine("{8b}", "decode_heavy", "chat_mix"), TRITON),
-    Step("8B, a norm's unit last", 60, _engine("{8b}", "single_stream"), UNIT_LAST),
     Step("0.6B", 75, _engine("{0.6b}", "--steps")),
     Step("0.6B, decode by Triton", 70, _engine("{0.6b}"), TRITON),
     Step("decode variants", 60, (*ATTENTION, "--only", "decode")),

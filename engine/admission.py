@@ -9,13 +9,12 @@ import numpy as np
 
 from octavo.engine.host import Host
 from octavo.engine.plan import (
-    ADMISSIONS,
     BIAS_IDS,
     BIAS_VALUES,
     HISTORY,
-    PIECES,
     Admission,
     Draft,
+    pieces,
     upload_capacity,
 )
 from octavo.engine.prefix import extend_hashes
@@ -35,14 +34,14 @@ def admit(
         return  # it comes back to the queue at its own place: nobody slips in before
     room = upload_capacity(dims)
     shared_room = dims.returns
-    while budget > 0 and host.free_slots and len(draft.admissions) < ADMISSIONS:
+    while budget > 0 and host.free_slots and len(draft.admissions) < dims.chunks:
         sequence = host.peek()
-        if sequence is None or len(chunks) == host.limits.chunks or host.stopping:
+        if sequence is None or len(chunks) == dims.chunks or host.stopping:
             return
         tokens = sequence.tokens
         bias = sequence.request.sampling.logit_bias or {}
         uploaded = len(tokens) + 2 * len(bias)
-        if uploaded > room or len(draft.uploads) + 3 > PIECES:
+        if uploaded > room or len(draft.uploads) + 3 > pieces(dims):
             return
         hit, pages = find_prefix(host, sequence)
         shared = max((len(ids) for _, ids in pages), default=0)

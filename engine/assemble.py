@@ -179,7 +179,6 @@ def limits_of(config: EngineConfig, resolved: Resolved) -> Limits:
         steps=resolved.steps,
         several_rows=resolved.several_rows,
         apart=not resolved.mixed,
-        chunks=resolved.chunks,
         context_buckets=resolved.context_buckets,
     )
 

@@ -12,7 +12,7 @@ from octavo.engine.harvest import Rows
 from octavo.engine.host import Flight, Host, Launch, Limits
 from octavo.engine.masks import Masks
 from octavo.engine.orders import FORWARD, GREEDY, MASKED, RICH, SAMPLE, SEVERAL, Order
-from octavo.engine.plan import CHUNKS, Packer
+from octavo.engine.plan import Packer
 from octavo.engine.reader import Reader
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from octavo.engine.sequence import Sequence
@@ -74,7 +74,9 @@ class Device(Dispatcher):
             if launch.scored:
                 order.scored = True
                 order.targets = joined(map(targets_of, lanes, flights))
-                order.named_chunks = joined(map(named_of_chunks, flights))
+                order.named_chunks = joined(
+                    named_of_chunks(flight, self.packer.dims.chunks) for flight in flights
+                )
             if launch.rich or launch.masked:
                 order.sampling = RICH if launch.rich else MASKED
                 order.mask = joined(map(Masks.build, self.masks, lanes, flights))
@@ -157,9 +159,9 @@ def named_of_rows(flight: Flight) -> np.ndarray:
     return named
 
 
-def named_of_chunks(flight: Flight) -> np.ndarray:
-    """i32[CHUNKS, M] the same for the prompts that run in this step."""
-    named = np.zeros((CHUNKS, MAX_LOGPROB_TOKEN_IDS), np.int32)
+def named_of_chunks(flight: Flight, chunks: int) -> np.ndarray:
+    """i32[C, M] the same for the prompts that run in this step."""
+    named = np.zeros((chunks, MAX_LOGPROB_TOKEN_IDS), np.int32)
     for chunk, (sequence, *_) in enumerate(flight.chunks):
         ids = sequence.request.sampling.prompt_logprob_token_ids or ()
         named[chunk, : len(ids)] = ids

@@ -14,7 +14,6 @@ from octavo.engine.compiles import WATCH
 from octavo.engine.functions import forward_key
 from octavo.engine.grammar.guide import mask_words
 from octavo.engine.orders import FORWARD, GREEDY, MASKED, NO_SAMPLING, RICH, SAMPLE, SEVERAL, Order
-from octavo.engine.plan import CHUNKS
 from octavo.engine.programs import Programs
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
@@ -65,8 +64,9 @@ class Dispatcher:
             forward = programs.forward[forward_key(order.rows, order.tokens, order.context)]
             self.state, self._passed, done.taken = forward(self.params, self.state, *arguments)
         if order.scored:
+            dims = programs.machine.dims
             targets = self._put(order.targets, np.int32, 2, order.tokens)
-            named = self._put(order.named_chunks, np.int32, CHUNKS, MAX_LOGPROB_TOKEN_IDS)
+            named = self._put(order.named_chunks, np.int32, dims.chunks, MAX_LOGPROB_TOKEN_IDS)
             score = programs.score[order.tokens]
             done.scores = score(self.head, self._passed.chunk_hidden, targets, named)
         if order.sampling != NO_SAMPLING:

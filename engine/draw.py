@@ -149,7 +149,7 @@ def score(
     """Log probabilities of a prompt's own tokens.
 
     hidden [T, E]; targets i32[2, T]: the token that follows each, and its chunk; named
-    i32[CHUNKS, M]: tokens that each chunk's request wants too. Returns ids i32[T, k], their
+    i32[C, M]: tokens that each chunk's request wants too. Returns ids i32[T, k], their
     logprobs f32[T, k], the targets' f32[T], ranks i32[T] and those of the named f32[T, M]. Blocks
     of tokens bound the memory of the logits.
     """

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from octavo.engine.messages import ITERATION_TOKENS
-from octavo.engine.plan import CHUNKS, Draft
+from octavo.engine.plan import Draft
 from octavo.engine.pool import Pool
 from octavo.engine.sequence import Phase, Sequence
 from octavo.engine.state import STOP_IDS, Dims
@@ -35,7 +35,6 @@ class Limits:
     apart: bool = False  # prefill and decode cannot share a program: they take turns
     steps: int = 1  # decode steps that one program may hold; see octavo.engine.several
     several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
-    chunks: int = CHUNKS  # prompt chunks in one step
     context_buckets: tuple[int, ...] = ()  # pages that a program looks at; empty: all it could
 
 

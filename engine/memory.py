@@ -14,7 +14,7 @@ from octavo.backends.record import Backend, cache_dtype, up_to
 from octavo.engine.auto_mesh import sizes_of
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.mesh import make_mesh, shards_of
-from octavo.engine.plan import CHUNKS, plan_size
+from octavo.engine.plan import plan_size
 from octavo.engine.state import BIAS, Dims, PageGroup
 from octavo.models.config import ModelConfig
 from octavo.models.load import param_bytes
@@ -91,7 +91,6 @@ class Resolved:
     steps: int = 1  # decode steps in one program
     several_rows: tuple[int, ...] = ()  # the row buckets that have such programs
     mixed: bool = True  # see backends.record
-    chunks: int = CHUNKS  # prompt chunks in one step
     context_buckets: tuple[int, ...] = ()  # pages that a program looks at
 
     @property
@@ -129,7 +128,7 @@ def resolve(
     while True:
         built = model or build(facts, longest, shards_of(sizes), **_form(backend))
         weights = param_bytes(built, dtype)
-        dims = _dims(config, built, seqs, page, longest, budget)
+        dims = _dims(backend, built, seqs, page, longest, budget)
         spent = weights + _state_bytes(dims) + _workspace_bytes(built, dims, dtype)
         usable = int(limit * config.memory_utilization)
         page_bytes = _page_bytes(backend, built, dims, kv_dtype)
@@ -159,7 +158,6 @@ def resolve(
         steps=steps,
         several_rows=several if steps > 1 else (),
         mixed=backend.mixed,
-        chunks=backend.most_chunks or CHUNKS,
         context_buckets=backend.context_buckets(dims.pages_per_slot),
     )
 
@@ -237,9 +235,7 @@ def _longest(config: EngineConfig, facts: ModelConfig) -> int:
     return asked
 
 
-def _dims(
-    config: EngineConfig, model: Model, seqs: int, page: int, longest: int, budget: int
-) -> Dims:
+def _dims(backend: Backend, model: Model, seqs: int, page: int, longest: int, budget: int) -> Dims:
     windows: dict[int, int] = {}
     for spec in model.layer_specs:
         windows[spec.group] = spec.window
@@ -251,6 +247,7 @@ def _dims(
         groups=tuple(PageGroup(windows[g], 0) for g in sorted(windows)),
         controls=NS,
         max_chunk=budget,
+        chunks=backend.most_chunks,
     )
 
 

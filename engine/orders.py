@@ -26,7 +26,7 @@ class Order(msgspec.Struct, tag=0, array_like=True, omit_defaults=True):
     scored: bool = False
     plan: bytes = b""  # i32[data, plan_size]; this and the next on the wire as `thin` makes them
     targets: bytes = b""  # i32[data, 2, T]
-    named_chunks: bytes = b""  # i32[data, CHUNKS, MAX_LOGPROB_TOKEN_IDS]
+    named_chunks: bytes = b""  # i32[data, C, MAX_LOGPROB_TOKEN_IDS]
     mask: bytes = b""  # u32[data, R, words]
     named_rows: bytes = b""  # i32[data, R, MAX_LOGPROB_TOKEN_IDS]
 

@@ -17,9 +17,6 @@ import numpy as np
 from octavo.engine.state import BIAS, STOP_IDS, Dims
 
 MOVES = 4  # row moves in one plan
-ADMISSIONS = 32  # admissions in one plan
-CHUNKS = 32  # prompt chunks in one plan
-PIECES = 96  # upload pieces in one plan
 # Fields of one admission before its stop ids, sampling columns and per-group pages.
 SCALARS = ("slot", "length", "prompt_len", "limit", "min_tokens", "seed", "seed_high", "adapter")
 HISTORY, BIAS_IDS, BIAS_VALUES = range(3)  # kinds of upload
@@ -41,28 +38,28 @@ class Plan:
     held: jax.Array  # i32[A, G]
     shared: jax.Array  # i32[G, U]
     window_first: jax.Array  # i32[G, B]
-    piece: jax.Array  # i32[PIECES, 4] slot, offset, count, kind
+    piece: jax.Array  # i32[3 A, 4] slot, offset, count, kind
     upload: jax.Array  # i32[tokens]
-    chunk: jax.Array  # i32[CHUNKS, 4] slot, start, count, final
+    chunk: jax.Array  # i32[C, 4] slot, start, count, final
 
 
 def _segments(dims: Dims) -> dict[str, tuple[int, ...]]:
     """The shape of each segment, in order."""
-    groups = len(dims.groups)
+    groups, admissions = len(dims.groups), dims.chunks
     return {
-        "chunk": (CHUNKS, 4),
+        "chunk": (dims.chunks, 4),
         "stop": (-(-dims.slots // 32),),
         "move": (2, MOVES),
         "returned": (groups, dims.returns),
         "returned_count": (groups,),
-        "admission": (ADMISSIONS, len(SCALARS)),
-        "stop_ids": (ADMISSIONS, STOP_IDS),
-        "sampling": (ADMISSIONS, dims.controls),
-        "first": (ADMISSIONS, groups),
-        "held": (ADMISSIONS, groups),
+        "admission": (admissions, len(SCALARS)),
+        "stop_ids": (admissions, STOP_IDS),
+        "sampling": (admissions, dims.controls),
+        "first": (admissions, groups),
+        "held": (admissions, groups),
         "shared": (groups, dims.returns),
         "window_first": (groups, dims.slots),
-        "piece": (PIECES, 4),
+        "piece": (pieces(dims), 4),
         "upload": (upload_capacity(dims),),
     }
 
@@ -72,14 +69,19 @@ def upload_capacity(dims: Dims) -> int:
     return max(dims.max_len, dims.max_chunk) + 2 * BIAS
 
 
+def pieces(dims: Dims) -> int:
+    """Upload pieces in one plan: each admission's tokens, the ids of its biases, their values."""
+    return 3 * dims.chunks
+
+
 def plan_size(dims: Dims) -> int:
     """Length of the packed vector."""
     return sum(int(np.prod(shape)) for shape in _segments(dims).values())
 
 
 def chunk_segment(dims: Dims, vector: jax.Array) -> jax.Array:
-    """The chunks alone, i32[CHUNKS, 4], which is all that a forward pass needs."""
-    return vector[: CHUNKS * 4].reshape(CHUNKS, 4)
+    """The chunks alone, i32[C, 4], which is all that a forward pass needs."""
+    return vector[: dims.chunks * 4].reshape(dims.chunks, 4)
 
 
 def unpack(dims: Dims, vector: jax.Array) -> Plan:

@@ -30,7 +30,7 @@ from octavo.engine.compiles import WATCH
 from octavo.engine.grammar.guide import mask_words
 from octavo.engine.host import Limits
 from octavo.engine.mesh import ROWS, STATE, Placement
-from octavo.engine.plan import CHUNKS, plan_size
+from octavo.engine.plan import plan_size
 from octavo.engine.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from octavo.engine.store import Store
 from octavo.engine.thin import Thin
@@ -230,7 +230,7 @@ class Programs:
             if tokens and tokens not in self.score:
                 hidden = passed.chunk_hidden
                 targets = self._rows(2, tokens)
-                named = self._rows(CHUNKS, MAX_LOGPROB_TOKEN_IDS)
+                named = self._rows(dims.chunks, MAX_LOGPROB_TOKEN_IDS)
                 most = (self._most_logprobs(),)
                 ins = (place.head, ROWS, ROWS, ROWS)
                 function = place.program(functions.score(machine, *most), ins, ROWS)

@@ -91,7 +91,7 @@ def _continue_prompts(
         start = int(host.sent[sequence.slot])
         left = int(host.known[sequence.slot]) - start
         count = min(left, budget - used)
-        if count <= 0 or len(chunks) == host.limits.chunks:
+        if count <= 0 or len(chunks) == host.limits.dims.chunks:
             break
         chunks.append((sequence, start, count, count == left))
         used += count

@@ -56,7 +56,7 @@ def admit(slots: SlotState, plan: Plan) -> SlotState:
 
 def upload(slots: SlotState, plan: Plan) -> SlotState:
     """Write the tokens and biases that a plan carries for its newly admitted slots."""
-    slot, offset, count, kind = (plan.piece[:, i] for i in range(4))  # each i32[PIECES]
+    slot, offset, count, kind = (plan.piece[:, i] for i in range(4))  # each i32[3 A]
     end = running_sum(count)
     entry = jnp.arange(plan.upload.shape[0], dtype=jnp.int32)
     owner = jnp.minimum(jnp.sum(entry[:, None] >= end[None, :], axis=1), slot.shape[0] - 1)

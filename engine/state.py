@@ -111,6 +111,7 @@ class Dims:
     controls: int  # NS, columns of SlotState.sampling
     max_chunk: int  # the largest prompt bucket
     counts: bool = True  # keep `counts`, which penalties need
+    chunks: int = 32  # C, prompt chunks in one plan, and A, admissions
 
     @property
     def pages_per_slot(self) -> int:

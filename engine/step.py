@@ -23,7 +23,7 @@ from octavo.backends.record import Backend
 from octavo.engine import pages as page_ops
 from octavo.engine import slots as slot_ops
 from octavo.engine.arrays import running_sum, some, take
-from octavo.engine.plan import CHUNKS, chunk_segment, unpack
+from octavo.engine.plan import chunk_segment, unpack
 from octavo.engine.stages import pipeline
 from octavo.engine.state import Dims, EngineState, PageState, SlotState
 from octavo.models.ops import AttentionSpec, Ops
@@ -105,7 +105,6 @@ def ops_of(machine: Machine, batches: tuple[RaggedBatch, ...], across: Across | 
         layers=backend.layers,
         attend_packed=attend_packed,
         gated_linear=backend.gated_linear,
-        normed_linear=backend.normed_linear,
         head=backend.head,
         across=across,
         dense_experts=backend.dense_experts,
@@ -149,8 +148,8 @@ class _Tokens:
     position: jax.Array  # i32[N]
     slot: jax.Array  # i32[N]
     real: jax.Array  # bool[N]
-    chunk: jax.Array  # i32[CHUNKS, 4]
-    offset: jax.Array  # i32[CHUNKS]
+    chunk: jax.Array  # i32[C, 4]
+    offset: jax.Array  # i32[C]
 
 
 def _tokens(slots: SlotState, chunk: jax.Array, rows: int, tokens: int) -> _Tokens:
@@ -199,11 +198,11 @@ def forward(
 
     Returns the state with keys, values, pages and lengths advanced, what sampling needs, and the
     pages taken, one i32 vector:  per group: free_top after, count, then the pages [R + T / S +
-    CHUNKS].
+    C].
     """
     dims, slots, backend = machine.dims, state.slots, machine.backend
-    chunk = jnp.zeros((CHUNKS, 4), jnp.int32) if vector is None else chunk_segment(dims, vector)
-    chunk = chunk[: backend.most_chunks or CHUNKS]
+    nothing = jnp.zeros((dims.chunks, 4), jnp.int32)
+    chunk = nothing if vector is None else chunk_segment(dims, vector)
     decode = rows if backend.mixed or not tokens else 0
     flat = _tokens(slots, chunk, decode, tokens)
     groups, batches, taken = [], [], []
@@ -268,10 +267,10 @@ def _after(
     prompt ended with this step. `decode` rows of the R were run."""
     chunk = flat.chunk
     slot = jnp.arange(slots.active.shape[0], dtype=jnp.int32)
-    onehot = chunk[:, :1] == slot[None, :]  # [CHUNKS, B]
+    onehot = chunk[:, :1] == slot[None, :]  # [C, B]
     ran = jnp.sum(jnp.where(onehot, chunk[:, 2:3], 0), axis=0)  # [B] chunk tokens of each slot
     ran = ran + (slots.active & (slot < decode)).astype(jnp.int32)
-    last = flat.offset + jnp.maximum(chunk[:, 2], 1) - 1  # [CHUNKS]
+    last = flat.offset + jnp.maximum(chunk[:, 2], 1) - 1  # [C]
     ends = onehot & (chunk[:, 3:4] != 0)
     final = some(ends, axis=0)[:rows]
     if hidden.shape[0] == decode:
@@ -283,4 +282,4 @@ def _after(
 
 def taken_capacity(dims: Dims, rows: int, tokens: int) -> int:
     """The most pages one step can take, per group."""
-    return rows + (tokens // dims.page_size + CHUNKS if tokens else 0)
+    return rows + (tokens // dims.page_size + dims.chunks if tokens else 0)

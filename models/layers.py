@@ -95,30 +95,10 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -
     return (wide * scale * (offset + weight.astype(jnp.float32))).astype(x.dtype)
 
 
-@dataclass(frozen=True)
-class Normed:
-    """What `rms_norm` makes of x, for products that would rather have a part of it afterwards."""
-
-    x: jax.Array  # [N, E]
-    weight: jax.Array  # [E]
-    eps: float
-
-    def value(self) -> jax.Array:
-        return rms_norm(self.x, self.weight, self.eps)
-
-
-def project(x: jax.Array | Normed, w: Linear, ops: Ops) -> jax.Array:
-    """The projection of x, normed first or on the way."""
-    if isinstance(x, Normed):
-        y = ops.normed_linear(x.x, x.weight, x.eps, w)
-        return ops.linear(x.value(), w) if y is None else y
-    return ops.linear(x, w)
-
-
 def attention(
     fixed: Fixed,
     w: Attention,
-    x: jax.Array | Normed,
+    x: jax.Array,
     turn: Turn,
     kv: Any,
     spec: LayerSpec,
@@ -126,8 +106,8 @@ def attention(
 ) -> tuple[jax.Array, Any]:
     """x [N, E] -> [N, E], and this layer's cache with the new keys and values."""
     config = fixed.config
-    mixed = whole(project(x, w.qkv, ops), w.qkv)
-    mixed = mixed.reshape(mixed.shape[0], config.K, -1, config.D)  # [N, K, J, D]
+    mixed = whole(ops.linear(x, w.qkv), w.qkv)
+    mixed = mixed.reshape(x.shape[0], config.K, -1, config.D)  # [N, K, J, D]
     call = AttentionSpec(spec, scale=config.query_scale, softcap=config.attention_softcap)
     extra = {"sinks": w.sinks, "kv_scales": w.kv_scales}
     extra = {name: given for name, given in extra.items() if given is not None}
@@ -159,25 +139,22 @@ def norm_offset(config: ModelConfig) -> float:
     return 1.0 if config.family == "gemma3" else 0.0
 
 
-def gated_mlp(config: ModelConfig, w: Mlp, x: jax.Array | Normed, ops: Ops) -> jax.Array:
+def gated_mlp(config: ModelConfig, w: Mlp, x: jax.Array, ops: Ops) -> jax.Array:
     """x [N, E] -> down(act(gate(x)) * up(x)) [N, E]."""
-    inner = ops.gated_linear(
-        x.value() if isinstance(x, Normed) else x, w.gate_up, config.activation
-    )
+    inner = ops.gated_linear(x, w.gate_up, config.activation)
     if inner is not None:
         return ops.closing(inner, w.down)
-    both = whole(project(x, w.gate_up, ops), w.gate_up)  # [N, 2, F], or [N, 2 F]
+    both = whole(ops.linear(x, w.gate_up), w.gate_up)  # [N, 2, F], or [N, 2 F]
     gate, up = jnp.split(both, 2, axis=1) if both.ndim == 2 else (both[:, 0], both[:, 1])
     return ops.closing(ACTIVATIONS[config.activation](gate) * up, w.down)
 
 
-def moe(config: ModelConfig, w: Experts, x: jax.Array | Normed, ops: Ops) -> jax.Array:
+def moe(config: ModelConfig, w: Experts, x: jax.Array, ops: Ops) -> jax.Array:
     """x [N, E] -> [N, E]: each token through its `top_k` experts, mixed by the router's weights.
 
     The N * top_k pairs of token and expert are sorted by expert, so that each expert meets its
     tokens as one matrix.
     """
-    x = x.value() if isinstance(x, Normed) else x
     N, k = x.shape[0], config.top_k
     routed = ops.linear(x, w.router).astype(jnp.float32)  # [N, X]
     if ops.dense_experts:

@@ -16,7 +16,6 @@ from octavo.models.layers import (
     Experts,
     Fixed,
     Mlp,
-    Normed,
     attention,
     attention_tensors,
     decoder_tensors,
@@ -73,10 +72,10 @@ def forward(
     turn = rotation(fixed.rope, positions)
 
     def block(x: jax.Array, w: Layer, kv: Any, spec: LayerSpec) -> tuple[jax.Array, Any]:
-        normed = Normed(x, w.norm1, config.eps)
+        normed = rms_norm(x, w.norm1, config.eps)
         a, kv = attention(fixed, w.attention, normed, turn, kv, spec, ops)
         x = x + a
-        return x + feed_forward(config, w.mlp, Normed(x, w.norm2, config.eps), ops), kv
+        return x + feed_forward(config, w.mlp, rms_norm(x, w.norm2, config.eps), ops), kv
 
     x = embed(params, tokens, ops)
     x, cache = ops.layers(block, x, params.layers, cache, fixed.specs)

@@ -110,9 +110,6 @@ class Ops:
     gated_linear(x [N, E], Linear [E, 2, F], act) -> act(gate) * up of the two projections
         [N, F] in one kernel, where that is faster; act: a name in `layers.ACTIVATIONS`. None: one
         after the other.
-    normed_linear(x [N, E], weight [E], eps, Linear) -> [N, out...], or None
-        the projection of `rms_norm(x, weight, eps)`, where it is faster to multiply by the norm's
-        weight before and by its unit after the product. None: norm first.
     head(x [R, E], weight [V, E]) -> f32[R, V]
         logits, accumulated in float32.
     """
@@ -123,7 +120,6 @@ class Ops:
     layers: Callable[..., tuple[jax.Array, Any]]
     attend_packed: Callable[..., tuple[jax.Array, Any] | None] = lambda *_, **__: None
     gated_linear: Callable[..., jax.Array | None] = lambda *_: None
-    normed_linear: Callable[..., jax.Array | None] = lambda *_: None
     head: Callable[[jax.Array, jax.Array], jax.Array] = head
     across: Across | None = None  # None: the model is whole
     dense_experts: bool = False  # every expert meets every token

@@ -9,7 +9,6 @@ from octavo.models.layers import (
     Decoder,
     Experts,
     Mlp,
-    Normed,
     attention_tensors,
     decoder_tensors,
     expert_tensors,
@@ -36,9 +35,7 @@ def tensors(config: ModelConfig) -> Decoder:
     return decoder_tensors(config, layer)
 
 
-def _feed_forward(
-    config: ModelConfig, w: Mlp | Experts, x: jax.Array | Normed, ops: Ops
-) -> jax.Array:
+def _feed_forward(config: ModelConfig, w: Mlp | Experts, x: jax.Array, ops: Ops) -> jax.Array:
     return moe(config, w, x, ops) if isinstance(w, Experts) else gated_mlp(config, w, x, ops)
 
 

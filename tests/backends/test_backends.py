@@ -1,6 +1,7 @@
 """The backend records: what they choose, refuse and compute."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 from octavo.backends import BackendError, cpu, gpu, plain, select
 from octavo.backends.neuron.errors import NeuronError
 from octavo.backends.record import doubling
-from octavo.models.layers import rms_norm
 from octavo.models.ops import LayerSpec, Linear
 
 
@@ -53,29 +53,6 @@ def test_linear_keeps_the_axes_of_its_output(out: tuple[int, ...]) -> None:
     np.testing.assert_allclose(got, jnp.tensordot(x, w, 1) + b, atol=1e-5)
 
 
-@pytest.mark.parametrize("out", [(7,), (2, 5), (3, 4, 2)])
-def test_a_unit_behind_the_product_is_the_norm_before_it(out: tuple[int, ...]) -> None:
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = 9 * jax.random.normal(keys[0], (6, 16))
-    weight, bias = 1 + jax.random.normal(keys[1], (16,)), jax.random.normal(keys[3], out)
-    for layer in (Linear(w := jax.random.normal(keys[2], (16, *out))), Linear(w, bias)):
-        want = plain.linear(rms_norm(x, weight, 1e-5), layer)
-        got = plain.normed_linear(x, weight, 1e-5, layer)
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("rows", "dtype", "taken"),
-    [(1, "bfloat16", True), (2, "bfloat16", False), (1, "float16", False), (1, "float32", False)],
-)
-def test_a_gpu_takes_the_unit_last_of_as_many_rows_as_it_is_asked(
-    rows: int, dtype: str, taken: bool
-) -> None:
-    x, layer = jnp.ones((rows, 16), dtype), Linear(jnp.ones((16, 8), dtype))
-    choices = replace(gpu.CHOICES, unit_last=1)
-    assert (gpu.normed_linear(x, x[0], 1e-5, layer, choices=choices) is not None) == taken
-
-
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_cpu_multiplies_any_number_of_rows(rows: int, dtype: str) -> None:
@@ -89,6 +66,22 @@ def test_a_cpu_multiplies_any_number_of_rows(rows: int, dtype: str) -> None:
     logits = select("cpu").head(x, w.reshape(64, -1).T)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, exact.reshape(rows, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "halved"), [(128, False), (136, True), (256, True), (264, False)])
+def test_a_gpu_takes_a_large_product_of_a_long_depth_in_two_halves(
+    rows: int, halved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "LARGE", 384 * 128)
+    rng = np.random.default_rng(0)
+    x, w, b = (jnp.asarray(rng.normal(size=s), "bfloat16") for s in ((rows, 384), (384, 128), 128))
+    by_half = partial(gpu.linear, choices=gpu.CHOICES)
+    products = str(jax.make_jaxpr(by_half)(x, Linear(w, b)))
+    assert products.count("2,192,128") == halved, products
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64) + np.asarray(b, np.float64)
+    for other in (Linear(w, b), Linear(w.reshape(384, 2, 64), b.reshape(2, 64))):
+        got = np.asarray(by_half(x, other), np.float64).reshape(rows, 128)
+        np.testing.assert_allclose(got, exact, atol=2 * 2**-8 * np.abs(exact).max())
 
 
 def loop_instead_of_a_kernel(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -54,16 +54,10 @@ QWEN3 = {
     "hidden_act": "silu", "tie_word_embeddings": True,
 }  # fmt: skip
 
-LLAMA = QWEN3 | {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
-    "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-}  # fmt: skip
 
-
-def backend(packed: int, unit_last: int = 0) -> Backend:
+def backend(packed: int) -> Backend:
     """The GPU's record, made without one."""
-    choices = replace(gpu.CHOICES, packed=packed, unit_last=unit_last)
-    capability = (9, 0)
+    choices, capability = replace(gpu.CHOICES, packed=packed), (9, 0)
     return Backend(
         name="gpu",
         reason="a test",
@@ -71,7 +65,6 @@ def backend(packed: int, unit_last: int = 0) -> Backend:
         attend=partial(gpu.attend, capability=capability),
         attend_packed=partial(gpu.attend_packed, choices=choices, capability=capability),
         gated_linear=partial(gpu.gated_linear, choices=choices, capability=capability),
-        normed_linear=partial(gpu.normed_linear, choices=choices),
         init_cache=plain.init_cache,
         page_bytes=plain.page_bytes,
         linear=plain.linear,
@@ -101,15 +94,12 @@ def compiled(function: Any, arguments: Any) -> Any:
 
 
 @cache
-def launches(
-    layers: int, rows: int, packed: int, tokens: int = 0, unit_last: int = 0, wide: bool = False
-) -> int:
+def launches(layers: int, rows: int, packed: int, tokens: int = 0) -> int:
     """Kernels, library calls and copies of one step."""
-    facts = LLAMA if wide else QWEN3
-    model = build(ModelConfig.from_hf(facts | {"num_hidden_layers": layers}), 512)
+    model = build(ModelConfig.from_hf(QWEN3 | {"num_hidden_layers": layers}), 512)
     groups = (PageGroup(window=0, pages=64),)
     dims = Dims(32, 64, 512, 512, groups, controls=NS, max_chunk=256, counts=False)
-    machine = Machine(dims, model, backend(packed, unit_last))
+    machine = Machine(dims, model, backend(packed))
 
     def cache() -> Any:
         heads, size = model.attention[1:]
@@ -124,18 +114,13 @@ def launches(
     return len(re.findall(r" (?:fusion|custom-call|copy)\(", entry[: entry.index("\n}")]))
 
 
-def a_layer(rows: int, packed: int, tokens: int = 0, **more: Any) -> int:
-    return launches(3, rows, packed, tokens, **more) - launches(2, rows, packed, tokens, **more)
+def a_layer(rows: int, packed: int, tokens: int = 0) -> int:
+    return launches(3, rows, packed, tokens) - launches(2, rows, packed, tokens)
 
 
 @pytest.mark.parametrize("rows", [8, 32])
 def test_norms_and_rotation_inside_the_decode_kernel_save_launches(rows: int) -> None:
     assert a_layer(rows, packed=1024) <= min(11, a_layer(rows, packed=0) - 2)
-
-
-def test_one_row_is_normed_in_fewer_launches_behind_its_products() -> None:
-    before = a_layer(1, packed=1024, wide=True)
-    assert a_layer(1, packed=1024, unit_last=1, wide=True) == before - 2
 
 
 def test_a_prompt_step_compiles() -> None:

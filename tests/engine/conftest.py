@@ -12,14 +12,15 @@ from tests.engine.tiny import EOS, LLAMA, Reference, make_engine, make_parts
 
 
 def few_buckets(backend: Backend) -> Backend:
-    """Prompt buckets that a host may leave the larger of, so that chunks come in two sizes; and
-    programs of three decode steps, which a host may leave too."""
+    """Prompt buckets that a host may leave the larger of, so that chunks come in two sizes;
+    programs of three decode steps, which a host may leave too; fewer chunks than slots."""
     return replace(
         backend,
         token_buckets=lambda most: tuple(sorted({16, most})),
         small_model=1 << 30,
         small_rows=(1, 2, 4),
         small_steps=3,
+        most_chunks=5,
     )
 
 

@@ -8,15 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from octavo.engine.plan import (
-    ADMISSIONS,
-    CHUNKS,
     MOVES,
-    PIECES,
     Admission,
     Chunk,
     Draft,
     Packer,
     chunk_segment,
+    pieces,
     plan_size,
     unpack,
     upload_capacity,
@@ -72,7 +70,7 @@ drafts = st.builds(
     uploads=st.lists(uploads, max_size=6).map(
         lambda many: [(k, s, o, np.array(v, np.int32)) for k, s, o, v in many]
     ),
-    chunks=st.lists(chunks, max_size=CHUNKS),
+    chunks=st.lists(chunks, max_size=DIMS.chunks),
 )
 PACKER = Packer(DIMS)
 device_side = jax.jit(lambda vector: (unpack(DIMS, vector), chunk_segment(DIMS, vector)))
@@ -144,4 +142,4 @@ def test_an_empty_plan_changes_nothing() -> None:
 def test_a_plan_has_room_for_any_one_request() -> None:
     assert upload_capacity(DIMS) >= DIMS.max_len - 1 + 2 * BIAS
     assert DIMS.returns >= DIMS.pages_per_slot
-    assert PIECES >= 3 * ADMISSIONS
+    assert pieces(DIMS) >= 3 * DIMS.chunks
